@@ -1,0 +1,296 @@
+"""Draw images from a base model and what a training script saved.
+
+    python infer.py --lora runs/dog --prompt "a photo of sks dog in a bucket"
+    python infer.py --lora runs/dog:0.8 --lora ink.safetensors:0.5 --prompt_set all --identifier sks --class_noun dog
+    python infer.py --pretrained_model_name_or_path runs/dog-full --prompt_file prompts.txt --num_images 8
+    python infer.py --checkpoint runs/dog-full/checkpoint-400 --prompt "a photo of sks dog" --seed 17 --num_images 1
+
+The base model is read from what was saved, unless it is given. Every image has a seed of its own, the same ones for
+every prompt: --seed, --seed + 1, ... So `--seed 17 --num_images 1` draws the image of seed 17 again, alone. Each PNG
+carries the settings it was drawn with.
+"""
+
+import re
+import warnings
+from pathlib import Path
+
+from utils import arguments, models, saved
+from utils.arguments.settings import choice, flag, folder, nearest, number, text, whole
+from utils.arguments.settings import prompt as words
+from utils.errors import refuse
+
+# A name on the command line -> class in diffusers, and what its configuration changes. Class names do as well.
+SCHEDULERS = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "dpm++_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpm++_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+# Without an identifier its place closes up: the same scene for the subject and for any other of its class.
+PROMPT_SETS = {
+    "bucket": "a photo of {identifier} {class} in a bucket",
+    "sleeping": "a photo of {identifier} {class} sleeping",
+    "acropolis": "a photo of {identifier} {class} in front of the Acropolis",
+    "swimming": "a photo of {identifier} {class} swimming in a pool",
+    "haircut": "a photo of {identifier} {class} getting a haircut",
+    "plain": "a photo of {identifier} {class}",
+}
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def parse_args(argv=None):
+    parser = arguments.new_parser(__doc__)
+    parser.epilog = "Order of precedence: defaults, then --config, then the command line."
+    add = arguments.group(parser, "Model")
+    help = "base model, or a full result of training: a pipeline folder, hub name, or toybox"
+    add("pretrained_model_name_or_path", folder, None, help, unset="what --lora or --checkpoint was trained on")
+    help = "LoRA folder, file, checkpoint-N or hub name, and its strength (default: 1); repeat it for more"
+    add("lora", folder, None, help, append=True, metavar="PATH[:SCALE]")
+    add("checkpoint", folder, None, "checkpoint-N of a full run, whose networks replace the base's, or of a LoRA run")
+    add("revision", text, None, "branch, tag or commit of the hub model")
+    add("variant", text, None, "file variant of the weights, e.g. fp16")
+
+    add = arguments.group(parser, "Prompts; {identifier} and {class} in them are replaced")
+    add("prompt", words, None, "repeat it for more", append=True)
+    add("prompt_file", folder, None, "one prompt a line; empty lines and lines that begin with # are left out")
+    add("prompt_set", choice(*PROMPT_SETS, "all"), None, "scenes to try a subject on", many=True)
+    add("identifier", text, None, "the rare word that names the subject, e.g. sks")
+    add("class_noun", text, None, "what the subject is, e.g. dog")
+    help = "each prompt once more without the identifier: does the model still know others of the class?"
+    add("also_without_identifier", flag, False, help)
+    add("negative_prompt", words, "", "what the images should not show")
+
+    add = arguments.group(parser, "Drawing")
+    add("num_images", whole(1), 4, "images a prompt")
+    add("seed", whole(0), 0, "seed of each prompt's first image; the next ones count up")
+    add("num_inference_steps", whole(1), 25, "denoising steps")
+    add("guidance_scale", number(0), 7.5, "classifier-free guidance; 1 is none")
+    help = f"{', '.join(SCHEDULERS)}, one of their class names, or model for the model's own"
+    add("scheduler", text, "dpm++", help, metavar="NAME")
+    add("height", whole(8), None, "pixels, a multiple of 8", unset="the model's")
+    add("width", whole(8), None, "pixels, a multiple of 8", unset="the model's")
+    add("batch_size", whole(1), 4, "images drawn at once: speed and memory, not what is drawn")
+    add("dtype", choice("auto", *DTYPES), "auto", "precision; auto is fp16 on a GPU and fp32 elsewhere")
+    add("device", text, "auto", "cpu, cuda, cuda:1, mps, ...")
+
+    add = arguments.group(parser, "Output")
+    add("output_dir", folder, "images", "where the images go; those of the same names are replaced")
+    add("grid", flag, True, "also grid.png, all in one labelled picture: a row a prompt, a column a seed")
+    return arguments.parse(parser, argv)
+
+
+def main(args):
+    prompts, base, loras, modules = check(args)  # every complaint, before anything heavy is imported
+    seeds = list(range(args.seed, args.seed + args.num_images))
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    files = [Path(args.output_dir, file_name(prompts.index(prompt), prompt, seed)) for prompt, seed in jobs]
+    if args.dry_run:
+        return print_plan(base, loras, modules, jobs, files)
+    from utils import sheets, validation
+    from utils.report import gallery
+    from utils.runtime import startup
+
+    startup.quiet()
+    pipeline = load(base, loras, modules, args)
+    told = {
+        "negative_prompt": args.negative_prompt,
+        "steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "scheduler": args.scheduler,
+        "base_model": validation.public_name(base.name),
+        "lora": [f"{validation.public_name(lora.given)}:{lora.scale:g}" for lora in loras],
+        "checkpoint": Path(args.checkpoint).name if args.checkpoint else "",
+        "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
+    }
+    images = validation.draw(
+        pipeline,
+        {"prompt": [prompt for prompt, _ in jobs], "negative_prompt": args.negative_prompt or None},
+        [seed for _, seed in jobs],
+        steps=args.num_inference_steps,
+        guidance=args.guidance_scale,
+        width=args.width,
+        height=args.height,
+        batch_size=args.batch_size,
+    )
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    cells = []
+    for k, image in images:
+        prompt, seed = jobs[k]
+        own = {"prompt": prompt, "seed": seed, "width": image.width, "height": image.height}
+        gallery.save_png(image, files[k], own | told)
+        print(f"{files[k]}  seed {seed}  {prompt}", flush=True)
+        cells.append(image)
+    if args.grid and len(cells) > 1:
+        files.append(Path(args.output_dir, "grid.png"))
+        sheet = sheets.grid(cells, prompts, [f"seed {seed}" for seed in seeds])
+        gallery.save_png(sheet, files[-1], {"prompts": prompts, "seeds": seeds} | told)
+        print(f"{files[-1]}  prompts down, seeds across")
+    return files
+
+
+def file_name(number: int, prompt: str, seed: int) -> str:
+    """The number keeps the prompts in order, and apart where their words are not."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-")
+    return f"{number:02d}-{words or 'prompt'}-seed{seed}.png"
+
+
+# Options -> what will be loaded and drawn, or one sentence a mistake.
+
+
+def check(args):
+    """Refuse what cannot work, all of it at once, before anything heavy is imported."""
+    wrong = []
+    prompts = all_prompts(args, wrong)
+    loras = [lora for given in args.lora if (lora := saved.lora(given, wrong))]
+    modules = saved.checkpoint(args.checkpoint, wrong) if args.checkpoint else {}
+    if isinstance(modules, saved.Lora):
+        loras, modules = [*loras, modules], {}
+    if not find_scheduler(args.scheduler):
+        names = ["model", *SCHEDULERS]
+        wrong.append(f"--scheduler {args.scheduler} is none of: {', '.join(names)}{nearest(args.scheduler, names)}")
+    for name, value in (("height", args.height), ("width", args.width)):
+        if value and value % 8:
+            wrong.append(
+                f"--{name} {value} is no multiple of 8; the nearest are {value // 8 * 8} and {value // 8 * 8 + 8}"
+            )
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        wrong.append(f"--output_dir {args.output_dir} is a file; give a folder")
+    if wrong:  # what was saved is not all there, so a base recorded in it cannot be looked for
+        refuse(wrong)
+    base = saved.base(args.pretrained_model_name_or_path, loras, args.checkpoint if modules else None, wrong)
+    if base:
+        base.revision, base.variant = args.revision or base.revision, args.variant or base.variant
+        parts = models.read_index(base.name, base.revision)  # refuses a name that leads nowhere
+        wrong += [complaint for lora in loras if (complaint := saved.misfit(lora, base.name, parts))]
+        strangers = [name for name in modules if name not in parts]
+        wrong += [f"--checkpoint {args.checkpoint} holds {name}/, which {base.name} lacks" for name in strangers]
+    if wrong:
+        refuse(wrong)
+    return prompts, base, loras, modules
+
+
+def all_prompts(args, wrong: list) -> list:
+    """In the order --prompt, --prompt_file, --prompt_set, each once."""
+    raw = list(args.prompt)
+    if args.prompt_file:
+        try:
+            lines = Path(args.prompt_file).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as problem:
+            wrong.append(f"--prompt_file {args.prompt_file} cannot be read: {getattr(problem, 'strerror', problem)}")
+        else:
+            found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+            if not found:
+                wrong.append(f"--prompt_file {args.prompt_file} holds no prompt")
+            raw += found
+    raw += [PROMPT_SETS[name] for name in (PROMPT_SETS if "all" in args.prompt_set else args.prompt_set)]
+    if not raw and not args.prompt_file:
+        wrong.append("there is nothing to draw; give --prompt, --prompt_file or --prompt_set")
+    if any("{class}" in each for each in raw) and not args.class_noun:
+        wrong.append("a prompt names {class}, as every --prompt_set does; give --class_noun, e.g. dog")
+    if args.also_without_identifier and not args.identifier:
+        wrong.append("--also_without_identifier needs --identifier, the word to leave out")
+    prompts = []
+    for each in raw:
+        each = each.replace("{class}", args.class_noun or "{class}")
+        with_it = each.replace("{identifier}", args.identifier or "{identifier}")
+        prompts.append(without(with_it, "{identifier}"))
+        if args.also_without_identifier:
+            prompts.append(without(with_it, args.identifier or ""))
+    return list(dict.fromkeys(prompts))
+
+
+def without(prompt: str, word: str) -> str:
+    """The prompt without a word: "a photo of sks dog" => "a photo of dog"."""
+    return re.sub(rf"(?<!\w){re.escape(word)}(?!\w) ?", "", prompt).strip() if word else prompt
+
+
+def find_scheduler(name: str):
+    """(class name or None for the model's own, changes); None if there is no such scheduler."""
+    by_class = {kind.lower(): (kind, {}) for kind, _ in SCHEDULERS.values()}
+    return (SCHEDULERS | by_class | {"model": (None, {})}).get(name.lower())
+
+
+def print_plan(base, loras: list, modules: dict, jobs: list, files: list) -> list:
+    print(f"base model: {base.name}")
+    for lora in loras:
+        print(f"LoRA: {lora.file} at {lora.scale:g}")
+    for name, path in modules.items():
+        print(f"{name}: {path}")
+    for (prompt, seed), file in zip(jobs, files):
+        print(f"{file}  seed {seed}  {prompt}")
+    return []
+
+
+# Loading.
+
+
+def load(base, loras: list, modules: dict, args):
+    """The stock pipeline: the base model, with a checkpoint's networks in the place of its own, and adapters on top."""
+    from utils import validation
+
+    device, dtype = place(args.device, args.dtype)
+    family = models.family_of(base.name, revision=base.revision, variant=base.variant)
+    family.load(
+        device,
+        dtype,
+        vae=base.vae,
+        parts=[name for name in family.names if name not in modules],
+        prediction_type=base.prediction_type,
+    )
+    for name, path in modules.items():
+        setattr(family, name, load_module(base, name, path, dtype).to(device).eval())
+    pipeline = family.pipeline()
+    warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are what is asked for
+    names = [f"lora{number}" for number in range(len(loras))]
+    for name, lora in zip(names, loras):
+        try:
+            pipeline.load_lora_weights(str(lora.file.parent), weight_name=lora.file.name, adapter_name=name)
+        except (ValueError, RuntimeError, KeyError, IndexError) as problem:  # shapes or names of another network
+            refuse(f"--lora {lora.given} does not fit {base.name}: {str(problem).strip().splitlines()[0]}")
+    if names:
+        pipeline.set_adapters(names, [lora.scale for lora in loras])
+    kind, changes = find_scheduler(args.scheduler)
+    if kind:
+        pipeline.scheduler = validation.make_scheduler(kind, dict(pipeline.scheduler.config) | changes)
+    return pipeline
+
+
+def load_module(base, name: str, path: Path, dtype):
+    """One network of a full checkpoint, of the class that the base model has in its place."""
+    import importlib
+
+    library, kind = models.read_index(base.name, base.revision)[name]
+    try:
+        cls = getattr(importlib.import_module(library), kind)
+        named = "dtype" if library == "transformers" else "torch_dtype"
+        return cls.from_pretrained(path, use_safetensors=True, **{named: dtype})
+    except (OSError, ValueError, RuntimeError) as problem:
+        refuse(f"--checkpoint: {path} cannot be read as a {kind}: {str(problem).strip().splitlines()[0]}")
+
+
+def place(device: str, dtype: str):
+    """Names -> torch's device and dtype; a device that is not there is refused before the model is read."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        refuse(f"--device {device} cannot be used here: {str(problem).strip().splitlines()[0]}")
+    if dtype == "auto":
+        dtype = "fp32" if device == "cpu" else "fp16"
+    return torch.device(device), getattr(torch, DTYPES[dtype])
+
+
+if __name__ == "__main__":
+    main(parse_args())

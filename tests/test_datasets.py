@@ -1,0 +1,366 @@
+"""Captions, records, order and batches, with small pictures made on the spot."""
+
+import itertools
+import json
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from utils import captions, datasets, images, randomness
+
+
+def save(path, size=(48, 32), seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.effect_noise(size, 60).convert("RGB")
+    picture.paste((seed * 40 % 256, seed * 90 % 256, 128), (0, 0, 9, 9))
+    picture.save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number, name in enumerate(["a.png", "b.png", "sub/c.png"]):
+        save(tmp_path / name, seed=number)
+    return tmp_path
+
+
+def read(folder, prompt="a photo of sks dog", column=None):
+    return captions.read(folder, images.list_images(folder), prompt, column)
+
+
+def test_captions_come_from_the_nearest_source(folder):
+    (folder / "a.txt").write_text("from the text file\n")
+    (folder / "b.caption").write_text("\ufeff  first one  \r\n\r\nsecond one\r\n", encoding="utf-8")
+    (folder / "sub" / "c.txt").write_text("overruled")
+    (folder / "metadata.jsonl").write_text('{"file_name": "sub/c.png", "text": "from the table"}\n')
+    assert read(folder) == (["from the text file", ("first one", "second one"), "from the table"], [])
+    os.remove(folder / "a.txt")
+    assert read(folder)[0][0] == "a photo of sks dog"
+    assert "no caption" in read(folder, prompt=None)[1][0]
+    examples = datasets.folder(folder, "a photo of sks dog")
+    assert [example.caption for example in examples] == read(folder)[0]
+    assert [one.caption for one in datasets.folder(folder, "p", captions=False, is_class=True)] == ["p"] * 3
+    assert datasets.folder(None) == []
+
+
+def test_tables_in_subfolders_and_in_csv(folder):
+    (folder / "metadata.csv").write_text('\ufefffile_name,prompt\r\na.png,"one, two"\r\nb.png,\u2028x\r\n', "utf-8")
+    row = {"file_name": "c.png", "caption": ["x", "y\u2028z"], "text": "chosen"}
+    (folder / "sub" / "metadata.jsonl").write_text(json.dumps(row, ensure_ascii=False), "utf-8")
+    assert read(folder) == (["one, two", "x", "chosen"], [])
+    assert "no column 'caption'" in read(folder, column="caption")[1][0]
+
+
+@given(st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda text: text.strip()))
+@settings(max_examples=40, deadline=None)
+def test_any_text_survives_the_table(tmp_path_factory, text):
+    folder = tmp_path_factory.mktemp("texts")
+    save(folder / "a.png", (8, 8))
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": text}), "utf-8")
+    assert read(folder) == ([text.strip()], [])
+    (folder / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "a.png", "text": text}, ensure_ascii=False), "utf-8"
+    )
+    assert read(folder) == ([text.strip()], [])
+
+
+def test_every_mistake_in_a_table_is_reported_with_its_line(folder, capsys):
+    (folder / "notes.md").write_text("no picture")
+    rows = ['{"file_name": "a.png", "text": "fine"}', "{not json", '["list"]', '{"text": "nameless"}']
+    rows += ['{"file_name": "gone.png", "text": "x"}', '{"file_name": "b.png", "text": null}']
+    rows += ['{"file_name": "a.png", "text": "again"}', '{"file_name": "b.png", "label": 3}']
+    rows += ['{"file_name": "notes.md", "text": "x"}', "", '{"file_name": "b.png", "text": ["x", " "]}']
+    (folder / "metadata.jsonl").write_text("\r\n".join(rows))
+    reasons = ["JSON", "object", "file_name", "does not exist", "null", "already", "no column", "no picture", '["x"']
+    complaints = read(folder)[1]
+    lines = [2, 3, 4, 5, 6, 7, 8, 9, 11]
+    for complaint, line, reason in zip(complaints, lines, reasons, strict=True):
+        assert complaint.startswith(f"{folder / 'metadata.jsonl'}:{line}: ") and reason in complaint
+    with pytest.raises(SystemExit) as stop:
+        datasets.folder(folder, "prompt")
+    assert stop.value.code == 3 and capsys.readouterr().err.count("error: ") == 9
+
+
+def test_text_that_is_not_text(folder):
+    (folder / "a.txt").write_text(" \n ")
+    (folder / "b.txt").write_bytes(b"fine\n\xff\xfe")
+    (folder / "metadata.csv").write_bytes(b"file_name,text\nsub/c.png,caf\xe9\n")
+    complaints = read(folder)[1]
+    assert len(complaints) == 3
+    assert "metadata.csv:2: is not UTF-8" in complaints[0]
+    assert "empty" in complaints[1] and "b.txt:2: is not UTF-8" in complaints[2]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../out.png", "sub/../../out.png", "/etc/passwd", "file:///etc/passwd", "C:\\out.png", "link.png", "a\0.png"],
+)
+def test_no_table_leads_out_of_the_folder(tmp_path, name):
+    save(tmp_path / "out.png")
+    folder = tmp_path / "in"
+    save(folder / "sub" / "a.png")
+    os.symlink(tmp_path / "out.png", folder / "link.png")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
+    (complaint,) = read(folder)[1]
+    assert "out of the folder" in complaint or "outside of the folder" in complaint
+
+
+def test_caption_files_that_link_outside_are_not_read(tmp_path):
+    (tmp_path / "secret").write_text("secret words")
+    folder = tmp_path / "in"
+    save(folder / "a.png")
+    os.symlink(tmp_path / "secret", folder / "a.txt")
+    found, (complaint,) = read(folder)
+    assert "links to a file outside" in complaint and "secret words" not in str(found)
+
+
+def test_the_hub_cache_links_to_its_blobs(tmp_path):
+    blob = save(tmp_path / "blobs" / "0123.png")
+    snapshot = tmp_path / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    os.symlink(blob, snapshot / "a.png")
+    (snapshot / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "fine"}')
+    assert read(snapshot) == (["fine"], [])
+
+
+def test_folders_without_usable_pictures_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        datasets.folder(tmp_path, "p")
+    assert stop.value.code == 2 and "no pictures" in capsys.readouterr().err
+    save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"broken")
+    assert len(datasets.folder(tmp_path, "p")) == 2
+    assert len(datasets.folder(tmp_path, "p", on_bad_image="skip")) == 1
+
+
+def test_keys_follow_content(folder):
+    before = datasets.DreamBooth(datasets.folder(folder, "p"), size=16)
+    assert before.fingerprint() == datasets.DreamBooth(datasets.folder(folder, "p"), size=16).fingerprint()
+    assert before.fingerprint() != datasets.DreamBooth(datasets.folder(folder, "q"), size=16).fingerprint()
+    (folder / "copy.png").write_bytes((folder / "a.png").read_bytes())
+    keys = [example.key for example in datasets.folder(folder, "p")]
+    assert keys[0] == keys[2] and len(set(keys)) == 3
+    save(folder / "a.png", seed=5)  # replaced in place
+    os.remove(folder / "copy.png")
+    assert before.fingerprint() != datasets.DreamBooth(datasets.folder(folder, "p"), size=16).fingerprint()
+
+
+def examples(count, is_class=False, size=(24, 16), caption="p"):
+    pictures = [Image.new("RGB", size, (number * 10, is_class * 255, 5)) for number in range(count)]
+    return [
+        datasets.Example(picture, caption, is_class, f"{'c' if is_class else 'i'}{number}")
+        for number, picture in enumerate(pictures)
+    ]
+
+
+def test_a_record_is_complete_and_of_one_piece():
+    instance, classes = examples(3, size=(40, 20)), examples(5, True, size=(16, 48), caption="class")
+    dataset = datasets.DreamBooth(instance, classes, size=16, random_flip=True, seed=3)
+    assert len(dataset) == 5 and dataset.captions() == ["class", "p"] and len(dataset.examples) == 8
+    assert len(datasets.DreamBooth(instance, classes, repeats=4)) == 12
+    seen = {"i": [], "c": []}
+    for position in range(15):
+        one, other = dataset[position]
+        assert (one["ids"], other["ids"]) == (2 * position, 2 * position + 1)
+        assert (one["is_class"], other["is_class"]) == (False, True)
+        assert (one["captions"], other["captions"]) == ("p", "class")
+        assert one["original_size"] == (20, 40) and other["original_size"] == (48, 16)
+        assert one["crop_top_left"][0] == 0 and other["crop_top_left"][1] == 0
+        for record in (one, other):
+            number = int(record["keys"][1])
+            red = round((record["pixels"][0, 0, 0].item() + 1) * 127.5)
+            assert red == number * 10, "the picture belongs to the key"
+            assert record["pixels"].shape == (3, 16, 16)
+            seen[record["keys"][0]].append(number)
+    for start in range(0, 15, 3):
+        assert sorted(seen["i"][start : start + 3]) == [0, 1, 2]
+    for start in range(0, 15, 5):
+        assert sorted(seen["c"][start : start + 5]) == [0, 1, 2, 3, 4]
+
+
+def test_crops_and_flips_are_drawn_anew_and_told_truly():
+    gradient = Image.linear_gradient("L").rotate(90).resize((64, 16)).convert("RGB")  # brightness tells the column
+    dataset = datasets.DreamBooth([datasets.Example(gradient, "p", key="g")], size=16, random_flip=True, seed=1)
+    columns, places, flips = gradient.convert("L").load(), set(), set()
+    for position in range(40):
+        (record,) = dataset[position]
+        row = (record["pixels"][0, 0] + 1) * 127.5
+        top, left = record["crop_top_left"]
+        flip = bool(row[0] < row[-1]) != (columns[0, 0] < columns[63, 0])
+        first = columns[63 - left, 0] if flip else columns[left, 0]
+        assert top == 0 and row[0].round() == first
+        places.add(left)
+        flips.add(flip)
+        assert all(torch.equal(record["pixels"], again["pixels"]) for again in dataset[position])
+    assert len(places) > 15 and flips == {True, False} and dataset.varying_crops()
+
+
+def test_when_crops_vary():
+    for size, center, varies in [((16, 16), False, False), ((40, 20), False, True), ((40, 20), True, False)]:
+        assert datasets.DreamBooth(examples(2, size=size), size=8, center_crop=center).varying_crops() is varies
+    assert not datasets.DreamBooth(examples(1, size=(1000, 1001)), size=8).varying_crops(), "square once resized"
+
+
+def test_several_captions_are_all_used():
+    dataset = datasets.DreamBooth([datasets.Example(Image.new("RGB", (8, 8)), ("x", "y"), key="k")], size=8)
+    drawn = [dataset[position][0]["captions"] for position in range(30)]
+    assert set(drawn) == {"x", "y"} and drawn == [dataset[position][0]["captions"] for position in range(30)]
+    assert dataset.captions() == ["x", "y"]
+
+
+def test_a_batch_has_the_promised_keys_and_shapes():
+    dataset = datasets.DreamBooth(examples(3), examples(2, True), size=16, center_crop=True)
+    batch = next(iter(datasets.loader(dataset, 2)))
+    assert batch["pixels"].shape == (4, 3, 16, 16) and batch["pixels"].dtype == torch.float32
+    assert batch["is_class"].tolist() == [False, False, True, True] and batch["is_class"].dtype == torch.bool
+    assert batch["ids"].tolist() == [0, 2, 1, 3] and batch["ids"].dtype == torch.int64
+    assert batch["original_size"].tolist() == [[16, 24]] * 4 and batch["crop_top_left"].shape == (4, 2)
+    assert batch["captions"] == ["p"] * 4 and [key[0] for key in batch["keys"]] == ["i", "i", "c", "c"]
+
+
+def take(count, dataset, *arguments, **options):
+    return list(itertools.islice(datasets.loader(dataset, *arguments, **options), count))
+
+
+@pytest.mark.parametrize(("batch", "world", "accumulate"), [(4, 1, 1), (2, 1, 2), (1, 4, 1), (2, 2, 1), (1, 2, 2)])
+def test_splitting_a_batch_changes_nothing(batch, world, accumulate):
+    dataset = datasets.DreamBooth(examples(3), examples(4, True), size=8, random_flip=True, seed=9)
+    whole = take(3, dataset, 4)
+    parts = [take(3 * accumulate, dataset, batch, rank, world, accumulate) for rank in range(world)]
+    for step, expected in enumerate(whole):
+        pieces = [
+            parts[rank][micro] for micro in range(step * accumulate, (step + 1) * accumulate) for rank in range(world)
+        ]
+        rows = {
+            number: (piece["pixels"][row], piece["keys"][row], piece["crop_top_left"][row].tolist())
+            for piece in pieces
+            for row, number in enumerate(piece["ids"].tolist())
+        }
+        assert sorted(rows) == sorted(expected["ids"].tolist())
+        for row, number in enumerate(expected["ids"].tolist()):
+            pixels, key, place = rows[number]
+            assert torch.equal(pixels, expected["pixels"][row]) and key == expected["keys"][row]
+            assert place == expected["crop_top_left"][row].tolist()
+
+
+def test_resuming_goes_on_in_the_middle_of_an_epoch_and_workers_change_nothing():
+    dataset = datasets.DreamBooth(examples(5), examples(3, True), size=8, random_flip=True)
+    whole = take(6, dataset, 2)
+    for other in (take(4, dataset, 2, first_step=2), take(4, dataset, 2, first_step=2, workers=1)):
+        for one, again in zip(whole[2:], other, strict=True):
+            assert torch.equal(one["pixels"], again["pixels"]) and torch.equal(one["ids"], again["ids"])
+            assert one["keys"] == again["keys"]
+
+
+def test_the_loader_does_not_touch_the_global_generator():
+    state = torch.get_rng_state()
+    take(1, datasets.DreamBooth(examples(2), size=8), 1)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_pictures_are_decoded_once_and_only_while_there_is_room(monkeypatch):
+    calls = []
+    real = images.open_rgb
+    monkeypatch.setattr(images, "open_rgb", lambda source: calls.append(1) or real(source))
+    dataset = datasets.DreamBooth(examples(2), size=8)
+    take(5, dataset, 2)
+    assert len(calls) == 2
+    dataset.forget()
+    dataset._room = 0
+    take(5, dataset, 2)
+    assert len(calls) == 12
+
+
+def test_a_file_that_vanishes_is_named_after_a_second_try(folder, monkeypatch):
+    monkeypatch.setattr(datasets.time, "sleep", lambda seconds: None)
+    dataset = datasets.DreamBooth(datasets.folder(folder, "p"), size=8)
+    dataset.varying_crops()  # sizes are known by now
+    for path in images.list_images(folder):
+        os.remove(path)
+    with pytest.raises(images.BadImage, match=r"png' cannot be read"):
+        dataset[0]
+
+
+def test_a_dataset_with_columns(tmp_path, capsys):
+    library = pytest.importorskip("datasets")
+    paths = [str(save(tmp_path / "pictures" / f"{number}.png", seed=number)) for number in range(3)]
+    table = library.Dataset.from_dict({"image": paths, "words": ["x", "y", ["z", "w"][0]], "label": [1, 2, 3]})
+    table = table.cast_column("image", library.Image())
+    table.to_parquet(tmp_path / "table" / "train.parquet")
+    options = {"cache_dir": str(tmp_path / "cache")}
+    found = datasets.hub(str(tmp_path / "table"), caption_column="words", **options)
+    assert [example.caption for example in found] == ["x", "y", "z"] and len({one.key for one in found}) == 3
+    again = datasets.hub(str(tmp_path / "table"), prompt="same", **options)
+    assert [example.caption for example in again] == ["same"] * 3
+    assert [one.key for one in again] == [one.key for one in found], "stable from run to run"
+    for example, path in zip(found, paths, strict=True):
+        assert images.open_rgb(example.source).tobytes() == images.open_rgb(path).tobytes()
+    batches = take(2, datasets.DreamBooth(found, size=8, center_crop=True), 3, workers=1)
+    assert batches[0]["pixels"].shape == (3, 3, 8, 8)
+    for wrong, word in [({"image_column": "picture"}, "picture"), ({"image_column": "label"}, "no pictures")]:
+        with pytest.raises(SystemExit):
+            datasets.hub(str(tmp_path / "table"), prompt="p", **wrong, **options)
+        assert word in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        datasets.hub(str(tmp_path / "table"), **options)
+    assert stop.value.code == 3
+    with pytest.raises(SystemExit):
+        datasets.hub(str(tmp_path / "table"), caption_column="label", **options)
+    assert "row 0: no caption" in capsys.readouterr().err, "a number is no caption"
+    filled = datasets.hub(str(tmp_path / "table"), prompt="a {class}", class_noun="dog", **options)
+    assert [example.caption for example in filled] == ["a dog"] * 3
+    with pytest.raises(SystemExit):
+        datasets.hub(str(tmp_path / "table"), prompt="a {class}", **options)
+    assert "row 0 holds {class}: give --class_noun" in capsys.readouterr().err
+    assert len(datasets.hub(str(tmp_path / "pictures"), prompt="p")) == 3, "a plain folder"
+    (tmp_path / "pictures" / "1.png").write_text("no picture")
+    table = library.Dataset.from_dict({"image": paths}).cast_column("image", library.Image())
+    table.to_parquet(tmp_path / "damaged" / "train.parquet")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        datasets.hub(str(tmp_path / "damaged"), prompt="p", **options)
+    assert stop.value.code == 3 and "row 1: is not a picture" in capsys.readouterr().err
+    assert len(datasets.hub(str(tmp_path / "damaged"), prompt="p", on_bad_image="skip", **options)) == 2
+
+
+def test_order_is_the_one_of_randomness():
+    dataset = datasets.DreamBooth(examples(7), size=8, seed=4)
+    keys = [dataset[position][0]["keys"] for position in range(14)]
+    assert keys == [f"i{slot}" for epoch in (0, 1) for slot in randomness.order(4, epoch, 7)]
+
+
+def test_placeholders_are_filled_in_every_caption(folder):
+    (folder / "a.txt").write_text("{identifier} runs\nthe {class} {identifier}\n{other}")
+    words = {"identifier": "sks", "class_noun": "dog"}
+    examples = datasets.folder(folder, "a photo of {identifier} {class}", **words)
+    assert [one.caption for one in examples] == [("sks runs", "the dog sks", "{other}")] + ["a photo of sks dog"] * 2
+    assert captions.fill("{identifier} {class}", "sks") == "sks {class}"
+    complaints = captions.unfilled([("x", "{class}"), ("y", ("a", "{class}"))], identifier="sks")
+    assert complaints == ["the text of x and 1 more holds {class}: give --class_noun"]
+
+
+def test_dropped_captions_are_a_function_of_the_position(folder):
+    def captions_of(share, positions):
+        dataset = datasets.DreamBooth(datasets.folder(folder, "p"), size=32, seed=3, caption_dropout=share)
+        return [dataset[position][0]["captions"] for position in positions]
+
+    found = captions_of(0.3, range(300))
+    assert 60 < found.count("") < 120 and set(found) == {"", "p"}
+    assert found[100:150] == captions_of(0.3, range(100, 150)), "a resumed run drops others"
+    assert "" not in captions_of(0.0, range(50))
+    dropping = datasets.DreamBooth(datasets.folder(folder, "p"), size=32, caption_dropout=0.3)
+    assert dropping.captions() == ["", "p"]
+
+
+def test_first_views_are_what_the_first_visits_see(folder):
+    dataset = datasets.DreamBooth(datasets.folder(folder, "p"), size=24, seed=5, random_flip=True)
+    records = {record["keys"]: record for position in range(3) for record in dataset[position]}
+    views = list(dataset.first_views(2))
+    assert [os.path.basename(view[0].source) for view in views] == ["a.png", "b.png"]
+    for example, caption, picture, (top, left) in views:
+        seen = images.to_tensor(picture.crop((left, top, left + 24, top + 24)))
+        assert torch.equal(seen, records[example.key]["pixels"]) and caption == "p"

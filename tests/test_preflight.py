@@ -1,0 +1,412 @@
+"""What is refused before anything slow starts: the sentence, the exit code, and that nothing was touched."""
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_hub
+import pytest
+import test_arguments
+from PIL import Image, ImageFilter
+
+from utils import errors, preflight
+from utils.preflight import model_folder, plan, quality, remote
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def parse(tmp_path, sd1, photos):
+    """Options of a run that nothing is wrong with, plus the words of a test."""
+
+    def parsed(*words, model=sd1, folder=photos, lora=True):
+        needed = [f"--pretrained_model_name_or_path={model}", f"--instance_data_dir={folder}"]
+        needed += ["--instance_prompt=a photo of sks dog", f"--output_dir={tmp_path / 'out'}", "--resolution=64"]
+        return test_arguments.parse(*words, needed=needed, lora=lora)
+
+    return parsed
+
+
+def refused(capsys, args, code=errors.OPTIONS):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        preflight.check(args)
+    said = capsys.readouterr().err.splitlines()
+    assert stop.value.code == code, said
+    return [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+
+
+def test_a_good_run_passes_with_one_line(parse, photos, tmp_path, capsys):
+    before = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in photos.iterdir()}
+    assert preflight.check(parse("--output_dir", str(tmp_path / "a" / "b"))) == []
+    assert (tmp_path / "a" / "b").is_dir() and not any((tmp_path / "a" / "b").iterdir())
+    assert before == {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in photos.iterdir()}
+    said = capsys.readouterr()
+    assert said.out == f"3 photos in '{photos}', 80x96\n" and not said.err
+
+
+def test_everything_wrong_is_said_at_once(parse, tmp_path, capsys):
+    (tmp_path / "out").write_text("a file")
+    args = parse("--with_prior_preservation", f"--class_data_dir={__file__}", "--class_prompt=x", model=tmp_path / "no",
+                 folder=tmp_path / "missing")  # fmt: skip
+    said = "\n".join(refused(capsys, args))
+    assert f"'{tmp_path / 'out'}' is a file; name a folder" in said
+    assert f"--instance_data_dir '{tmp_path / 'missing'}' does not exist" in said
+    assert f"--class_data_dir '{__file__}' is not a folder" in said
+    assert f"--pretrained_model_name_or_path {tmp_path / 'no'} does not exist here" in said
+
+
+def test_unusable_photos_are_data_errors(parse, photos, capsys):
+    whole = min(photos.iterdir())
+    (photos / "text.jpg").write_text("hello")
+    (photos / "empty.png").write_bytes(b"")
+    (photos / f"cut{whole.suffix}").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    (photos / ".DS_Store").write_bytes(b"x")
+    said = refused(capsys, parse(), errors.DATA)
+    assert [any(name in line for line in said) for name in ("text.jpg", "empty.png", f"cut{whole.suffix}")] == [
+        True
+    ] * 3
+    assert "--on_bad_image skip" in said[-1] and ".DS_Store" not in "\n".join(said)
+    bad = preflight.check(parse("--on_bad_image=skip"))
+    assert sorted(path.name for path in bad) == sorted(["text.jpg", "empty.png", f"cut{whole.suffix}"])
+    said = capsys.readouterr()
+    assert "3 photos" in said.out and "3 left out" in said.out and "warning: left out:" in said.err
+
+
+def test_like_and_blurred_photos_are_pointed_out(parse, photos, capsys):
+    first, second, third = sorted(photos.iterdir())
+    with Image.open(first) as image:
+        image.resize((160, 192)).convert("RGB").save(photos / "again.jpg", quality=80)
+    with Image.open(second) as image:
+        big = image.convert("RGB").resize((640, 768)).transpose(Image.Transpose.ROTATE_90)
+        big.filter(ImageFilter.GaussianBlur(20)).save(photos / "shaken.jpg", quality=90)
+    preflight.check(parse())
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2, said
+    assert "look nearly the same" in said[0] and "again.jpg" in said[0] and first.name in said[0]
+    assert third.name not in said[0]
+    assert "'{}' is very blurred".format(photos / "shaken.jpg") in said[1]
+
+
+def test_sharpness_is_a_matter_of_the_picture_and_not_of_its_size_or_contrast():
+    noise = Image.effect_noise((1024, 1280), 100)  # sharp at any size
+    for picture in (noise, noise.resize((256, 320), Image.Resampling.BOX), noise.point(lambda value: 100 + value // 8)):
+        assert quality.look(picture.convert("RGB")).sharpness > 20 * quality.BLURRED
+    for scale in (1, 4):  # the same blur, seen from the same distance
+        drawn = Image.new("RGB", (256 * scale, 256 * scale), "white")
+        drawn.paste("black", (60 * scale, 60 * scale, 190 * scale, 170 * scale))
+        sharp, soft = drawn, drawn.filter(ImageFilter.GaussianBlur(8 * scale))
+        assert quality.look(soft).sharpness < quality.BLURRED < quality.look(sharp).sharpness / 10
+    assert quality.look(Image.new("RGB", (64, 64), "red")).sharpness > quality.BLURRED
+
+
+def test_placeholders_in_captions_need_their_options(parse, photos, capsys):
+    for path in photos.iterdir():
+        path.with_suffix(".txt").write_text("{identifier} the {class}")
+    first = sorted(photos.glob("*.png"))[0]
+    said = refused(capsys, parse("--class_noun=dog"), errors.DATA)
+    assert said == [f"the text of '{first}' and 2 more holds {{identifier}}: give --identifier"]
+    preflight.check(parse("--class_noun=dog", "--identifier=sks"))
+
+
+def test_no_photos(parse, tmp_path, capsys):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    assert "holds no pictures (nothing)" in refused(capsys, parse(folder=folder))[0]
+    (folder / "a.pdf").write_text("x")
+    assert "holds no pictures (1 other files)" in refused(capsys, parse(folder=folder))[0]
+    (folder / "a.jpg").write_text("x")  # skipping may not leave nothing
+    assert "a.jpg" in refused(capsys, parse("--on_bad_image=skip", folder=folder), errors.DATA)[0]
+
+
+def test_captions_are_read(parse, photos, capsys):
+    (photos / "metadata.jsonl").write_text('{"file_name": "../secret.png", "text": "x"}\n{"file_name":\n')
+    said = refused(capsys, parse(), errors.DATA)
+    assert "metadata.jsonl:1:" in said[0] and "metadata.jsonl:2:" in said[1]
+
+
+def test_folder_with_a_run(parse, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    (out / "checkpoint-10").mkdir(parents=True)
+    (out / "mine").mkdir()
+    (out / "metrics.jsonl").write_text("{}\n")
+    said = refused(capsys, parse())[0]
+    assert "already holds a run (checkpoint-10, metrics.jsonl)" in said
+    assert "--resume_from_checkpoint latest" in said and "--overwrite_output_dir" in said
+    preflight.check(parse("--resume_from_checkpoint=latest"))
+    preflight.check(parse("--resume_from_checkpoint=checkpoint-10"))
+    preflight.check(parse("--overwrite_output_dir", "--dry_run"))
+    assert (out / "checkpoint-10").is_dir()
+    monkeypatch.setenv("RANK", "1")  # by the time a second process looks, the first one's run is there
+    preflight.check(parse())
+    preflight.check(parse("--overwrite_output_dir"))
+    assert (out / "checkpoint-10").is_dir()
+    monkeypatch.setenv("RANK", "0")
+    preflight.check(parse("--overwrite_output_dir"))
+    assert {path.name for path in out.iterdir()} - {".run.lock"} == {"mine"}
+    (out / "training_config.yaml").write_text("a start that failed")
+    preflight.check(parse())
+    said = refused(capsys, parse("--resume_from_checkpoint=checkpoint-7"))[0]
+    assert "--resume_from_checkpoint checkpoint-7: no such folder; there is none in --output_dir" in said
+
+
+def test_a_run_that_is_going_on_is_not_removed(parse, tmp_path, capsys):
+    from utils.runtime import startup
+
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("{}\n")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+         f"from utils.runtime import startup\nfrom pathlib import Path\nlock = startup.FolderLock(Path({str(out)!r}))\n"
+         "assert lock.take() is None\nprint('held', flush=True)\nsys.stdin.read()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline() == "held\n"
+        said = refused(capsys, parse("--overwrite_output_dir"))[0]
+        assert f"a run is going on in {out}" in said and str(holder.pid) in said
+        assert (out / "metrics.jsonl").exists()
+    finally:
+        holder.communicate("")
+    preflight.check(parse("--overwrite_output_dir"))
+    assert not (out / "metrics.jsonl").exists() and startup.FolderLock(out).take() is None
+
+
+def test_a_finished_run_without_a_checkpoint_is_not_trained_anew_by_latest(parse, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("{}\n")
+    preflight.check(parse("--resume_from_checkpoint=latest"))  # killed before its first checkpoint: from the beginning
+    (out / "pytorch_lora_weights.safetensors").write_bytes(b"x")
+    said = refused(capsys, parse("--resume_from_checkpoint=latest"))[0]
+    assert "holds a finished run" in said and "no checkpoint" in said
+    (out / "checkpoint-10").mkdir()
+    preflight.check(parse("--resume_from_checkpoint=latest"))
+
+
+@pytest.mark.parametrize("words", [[], ["--overwrite_output_dir"], ["--resume_from_checkpoint=latest"]])
+def test_files_that_no_run_wrote_are_not_replaced(parse, tmp_path, capsys, words):
+    out = tmp_path / "out"
+    (out / "samples").mkdir(parents=True)
+    (out / "README.md").write_text("mine")
+    (out / "notes.txt").write_text("mine")
+    said = refused(capsys, parse(*words))[0]
+    assert "holds README.md, samples, not written by a run" in said
+    assert (out / "README.md").read_text() == "mine" and (out / "samples").is_dir()
+    (out / ".run.lock").write_text("")  # of a run that was killed early
+    preflight.check(parse(*words))
+
+
+def test_warm_up_longer_than_the_epochs(parse, capsys):
+    said = refused(capsys, parse("--lr_warmup_steps=500", "--num_train_epochs=20"))[0]
+    assert "leaves nothing of the 15 steps that --num_train_epochs 20 makes" in said
+
+
+def test_fresh_folder_may_be_resumed(parse, tmp_path):
+    preflight.check(parse("--resume_from_checkpoint=latest", f"--output_dir={tmp_path / 'new'}"))
+    assert (tmp_path / "new").is_dir()
+
+
+def test_dry_run_creates_nothing(parse, tmp_path):
+    preflight.check(parse("--dry_run"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_inside_each_other(parse, photos, sd1, tmp_path, capsys):
+    said = refused(capsys, parse(f"--output_dir={photos / 'out'}"))[0]
+    assert "--output_dir lies inside --instance_data_dir" in said
+    words = ["--with_prior_preservation", "--class_prompt=x"]
+    said = refused(capsys, parse(*words, f"--class_data_dir={photos / 'class'}"))[0]
+    assert "--class_data_dir lies inside --instance_data_dir" in said
+    said = refused(capsys, parse(*words, f"--class_data_dir={photos}"))[0]
+    assert "--class_data_dir and --instance_data_dir are the same folder" in said
+    said = refused(capsys, parse("--overwrite_output_dir", f"--output_dir={sd1}"))[0]
+    assert "--output_dir is the base model's folder" in said
+    shutil.copytree(photos, tmp_path / "out" / "samples")
+    (tmp_path / "out" / ".run.lock").write_text("")
+    said = refused(capsys, parse("--overwrite_output_dir", folder=tmp_path / "out" / "samples"))[0]
+    assert "would remove --instance_data_dir" in said and any((tmp_path / "out" / "samples").iterdir())
+
+
+def damage(folder, kind):
+    index = json.loads((folder / "model_index.json").read_text())
+    weights = next((folder / "unet").glob("*.safetensors"))
+    if kind == "index":
+        (folder / "model_index.json").unlink()
+    elif kind == "unet":
+        shutil.rmtree(folder / "unet")
+    elif kind == "weights":
+        weights.unlink()
+    elif kind == "pickle":
+        weights.rename(weights.with_suffix(".bin"))
+    elif kind == "variant":
+        weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    elif kind == "cut":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif kind == "text":
+        weights.write_text("not a network")
+    else:
+        (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": kind}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("index", "is a folder without model_index.json"),
+        ("unet", "lacks unet/: the copy is incomplete"),
+        ("weights", "has no weights in unet/"),
+        ("pickle", "only as a pickle, which can run code"),
+        ("variant", "only as variant fp16; add --variant fp16"),
+        ("cut", "is damaged: "),
+        ("text", "is damaged: it is no safetensors file"),
+        ("IFPipeline", "is a IFPipeline: IF comes with its family"),
+        ("FluxPipeline", "is a FluxPipeline: this script trains StableDiffusionPipeline"),
+    ],
+)
+def test_broken_model_folders(parse, sd1, tmp_path, capsys, kind, expected):
+    folder = tmp_path / "model"
+    shutil.copytree(sd1, folder)
+    damage(folder, kind)
+    said = refused(capsys, parse(model=folder))
+    assert len(said) == 1 and expected in said[0] and str(folder) in said[0], said
+
+
+def test_single_file_and_hub_names(parse, tmp_path, capsys, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    assert "is a single file" in refused(capsys, parse(model=tmp_path / "model.safetensors"))[0]
+    assert "no hub name of the form owner/model" in refused(capsys, parse(model="./nowhere"))[0]
+    assert "not in the cache, and the hub cannot be reached" in refused(capsys, parse(model="owner/unknown-model"))[0]
+    monkeypatch.delenv("HF_HUB_OFFLINE")  # and no half minute of retries where there is no network
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert "the hub cannot be reached" in refused(capsys, parse(model="owner/unknown-model"))[0]
+
+
+def test_missing_packages_are_named_with_the_way_to_get_them(parse, capsys, monkeypatch):
+    found = remote.importlib.util.find_spec
+    absent = {"wandb", "xformers", "bitsandbytes", "prodigyopt", "trackio"}
+    monkeypatch.setattr(remote.importlib.util, "find_spec", lambda name: None if name in absent else found(name))
+    args = parse("--report_to=wandb,trackio", "--enable_xformers_memory_efficient_attention", "--use_8bit_adam")
+    said = "\n".join(refused(capsys, args))
+    for package in ("wandb", "trackio", "xformers", "bitsandbytes"):
+        assert f"pip install {package}" in said
+    assert "pip install prodigyopt" in refused(capsys, parse("--optimizer=prodigy", "--learning_rate=1"))[0]
+
+
+def test_trackers_never_ask(parse, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert remote.trackers(parse("--report_to=wandb")) == []
+    assert os.environ["WANDB_MODE"] == "offline" and "wandb is not logged in" in capsys.readouterr().err
+    monkeypatch.setenv("WANDB_MODE", "online")
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password x\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    remote.trackers(parse("--report_to=wandb"))
+    assert os.environ["WANDB_MODE"] == "online" and not capsys.readouterr().err
+    assert "export COMET_API_KEY" in remote.trackers(parse("--report_to=comet_ml"))[0]
+
+
+def test_rights_on_the_hub(parse, capsys, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    assert "HF_HUB_OFFLINE=1" in remote.hub(parse("--push_to_hub"))[0]
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    assert "nobody is logged in" in remote.hub(parse("--push_to_hub"))[0]
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_test")
+    assert "no repository name" in remote.hub(parse("--push_to_hub", "--hub_model_id=a/b/c"))[0]
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert remote.hub(parse("--push_to_hub")) == [] and "cannot be reached now" in capsys.readouterr().err
+    for role, model, expected in (
+        ("write", "someone/dog", None),
+        ("write", "stranger/dog", "cannot write to stranger"),
+        ("read", "dog", "the token may only read"),
+    ):
+        with fake_hub.Hub(role=role) as hub:
+            monkeypatch.setenv("HF_ENDPOINT", hub.url)
+            monkeypatch.setattr(huggingface_hub, "whoami", huggingface_hub.HfApi(hub.url, token="hf_test").whoami)
+            said = remote.hub(parse("--push_to_hub", f"--hub_model_id={model}"))
+            assert (said == []) if expected is None else expected in said[0]
+            assert "GET /api/whoami-v2" in hub.calls
+
+
+def test_disk(parse, capsys, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage._replace(free=50_000))
+    said = refused(capsys, parse(lora=False))[0]
+    assert "50 kB are free and at least" in said and "a checkpoint" in said
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage._replace(free=20_000_000))
+    preflight.check(parse("--max_train_steps=5000", "--checkpointing_steps=10", lora=False))
+    assert "--checkpoints_total_limit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["--use_dora", "--rank=3"], ["--lora_target_modules=to_q,conv1"], ["--train_text_encoder"]],
+)
+def test_planned_parameters_are_those_that_learn(parse, sd1, words):
+    import diffusers
+    import peft
+    import transformers
+
+    args = parse(*words)
+    said = plan.outline(args, Path(sd1), photos=3)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(sd1, subfolder="unet")
+    assert said.networks["unet"] == sum(weight.numel() for weight in unet.parameters())
+    networks = {"unet": unet}
+    if args.train_text_encoder:
+        networks["text_encoder"] = transformers.CLIPTextModel.from_pretrained(sd1, subfolder="text_encoder")
+    for name, network in networks.items():
+        targets = args.lora_target_modules or list(plan.LORA_TARGETS[name])
+        network = peft.get_peft_model(
+            network, peft.LoraConfig(r=args.rank, target_modules=targets, use_dora=args.use_dora)
+        )
+        assert said.learns[name] == sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
+
+
+def test_planned_length(parse, sd1, monkeypatch):
+    words = ["--train_batch_size=2", "--gradient_accumulation_steps=2", "--num_train_epochs=3", "--repeats=4"]
+    said = plan.outline(parse(*words), Path(sd1), photos=5)
+    assert (said.examples, said.examples_per_step, said.steps) == (20, 4, 15)
+    assert plan.outline(parse(*words), Path(sd1), photos=5, class_images=100).examples == 100
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = plan.outline(parse("--max_train_steps=10"), Path(sd1), photos=4)
+    assert (said.steps, said.epochs, said.checkpoints) == (10, 20.0, 1)
+    assert plan.outline(parse(), None, photos=None).steps is None
+
+
+def test_printed_plan(parse, sd1, capsys):
+    args = parse("--dry_run", "--max_train_steps=30", "--use_ema", "--validation_prompt=x", lora=False)
+    preflight.print_plan(args)
+    said = capsys.readouterr().out
+    size = model_folder.plan.outline(args, Path(sd1), 3).networks["unet"]
+    assert f"learns    all weights: unet {size:,}" in said
+    assert "length    30 steps of 4 examples (4 x 1 accumulated x 1 processes), 40.0 epochs" in said
+    for word in ("optimizer", "gradients", "average", "disk", "a pipeline folder", "samples/", "3 examples an epoch"):
+        assert word in said
+
+
+def test_refusal_and_plan_answer_at_once(sd1, photos, tmp_path):
+    script = tmp_path / "train.py"
+    source = (ROOT / "tests" / "test_arguments.py").read_text()
+    build = source[source.index("def build(") : source.index("def parse(")]
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom utils import arguments, preflight\n{build}\n"
+        "args = arguments.parse(build())\npreflight.check(args)\npreflight.print_plan(args)\n"
+        "assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)\n"
+    )
+    words = ["--instance_prompt=x", "--pretrained_model_name_or_path", str(sd1), "--output_dir", str(tmp_path / "out")]
+    for folder, code in ((photos, 0), (tmp_path / "none", 2)):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, str(script), *words, "--dry_run", "--instance_data_dir", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == code, done.stderr
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5

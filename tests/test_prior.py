@@ -1,0 +1,249 @@
+"""Class images: exact in number, each from its own seed, nobody's pictures touched, no stale ones reused."""
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from utils import images, prior, randomness
+
+
+class Run(SimpleNamespace):
+    def __init__(self, rank=0, world=1, seed=5):
+        super().__init__(rank=rank, world=world, seed=seed, is_main=rank == 0, stopping=False)
+        self.device = torch.device("cpu")
+        self.accelerator = SimpleNamespace(wait_for_everyone=lambda: None)
+
+    def say(self, text):
+        if self.is_main:
+            print(text)
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        yield
+
+
+class Pipeline:
+    """Draws a picture that only depends on its generator, and remembers how it was called."""
+
+    def __init__(self, run, stop_after=None):
+        self.run, self.stop_after, self.calls = run, stop_after, []
+        self.scheduler = SimpleNamespace(config={})
+        self.unet = SimpleNamespace(config=SimpleNamespace(sample_size=8))
+        self.vae_scale_factor = 2
+
+    def to(self, device):
+        return self
+
+    def set_progress_bar_config(self, **options):
+        pass
+
+    def __call__(self, prompt, generator, num_inference_steps, guidance_scale=7.5, **size):
+        self.guidance = guidance_scale
+        self.calls.append((prompt, num_inference_steps, size))
+        if self.stop_after is not None and len(self.calls) >= self.stop_after:
+            self.run.stopping = True
+        drawn = [torch.randint(0, 256, (16, 16, 3), generator=one, dtype=torch.uint8).numpy() for one in generator]
+        return SimpleNamespace(images=[Image.fromarray(one) for one in drawn])
+
+
+@pytest.fixture(autouse=True)
+def _any_scheduler(monkeypatch):
+    monkeypatch.setattr(prior, "_fast_solver", lambda scheduler: scheduler)
+
+
+def family(pipeline, name="base", revision=None):
+    def from_disk(dtype):
+        pipeline.dtype = dtype
+        return pipeline
+
+    return SimpleNamespace(name=name, revision=revision, pipeline_from_disk=from_disk)
+
+
+def fill(folder, count=5, run=None, pipeline=None, prompt="a photo of dog", name="base", **options):
+    run = run or Run()
+    pipeline = pipeline or Pipeline(run)
+    options = {"batch_size": 2, "precision": None, "resolution": 16} | options
+    return prior.fill(run, family(pipeline, name), folder, prompt=prompt, count=count, **options), pipeline
+
+
+def hashes(paths):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def test_an_empty_folder_is_filled_exactly(tmp_path):
+    folder = tmp_path / "not" / "there yet"
+    found, pipeline = fill(folder)
+    assert [path.name for path in found] == [f"class-0000{number}.png" for number in range(5)]
+    assert [len(prompts) for prompts, *_ in pipeline.calls] == [2, 2, 1] and pipeline.dtype == torch.float32
+    assert pipeline.calls[0] == (["a photo of dog"] * 2, prior.STEPS, {})
+    assert len(set(hashes(found).values())) == 5, "no two are alike"
+    record = json.loads((folder / prior.SIDECAR).read_text())
+    assert record["prompt"] == "a photo of dog" and record["model"] == "base" and record["revision"] is None
+    assert record["guidance_scale"] == 7.5
+    assert record["images"] == {path.name: randomness.seed_of(5, "class", n) for n, path in enumerate(found)}
+    assert sorted(path.name for path in folder.iterdir()) == sorted([prior.SIDECAR, *record["images"]])
+    again, pipeline = fill(folder)
+    assert again == found and not pipeline.calls
+    generator = torch.Generator().manual_seed(record["images"]["class-00003.png"])
+    alone = Pipeline(Run())(["x"], [generator], 1).images[0]
+    assert alone.tobytes() == images.open_rgb(found[3]).tobytes(), "any image can be redrawn alone"
+
+
+def test_batch_size_and_number_of_processes_change_nothing(tmp_path):
+    whole, _ = fill(tmp_path / "one", count=7, batch_size=7)
+    for batch_size in (1, 3):
+        assert hashes(fill(tmp_path / f"b{batch_size}", count=7, batch_size=batch_size)[0]) == hashes(whole)
+    shares = []
+    for rank in (1, 0):  # one after the other here; each sees what a process of two would see at the start
+        run = Run(rank, world=2)
+        folder = tmp_path / f"rank{rank}"
+        with contextlib.suppress(SystemExit):  # alone, a rank finds the folder incomplete
+            fill(folder, count=7, run=run)
+        shares.append(hashes(images.list_images(folder)))
+    assert not shares[0].keys() & shares[1].keys() and shares[0] | shares[1] == hashes(whole)
+
+
+def test_a_stopped_run_goes_on_to_exactly_the_number(tmp_path, capsys):
+    run = Run()
+    some, _ = fill(tmp_path, count=6, run=run, pipeline=Pipeline(run, stop_after=2))
+    assert len(some) == 4
+    (tmp_path / "class-00002.png").write_bytes(some[2].read_bytes()[:300])  # and one was hurt
+    (tmp_path / ".class-00005.png.tmp").write_bytes(b"left behind")
+    found, pipeline = fill(tmp_path, count=6)
+    assert len(found) == 6 and sum(len(prompts) for prompts, *_ in pipeline.calls) == 3
+    assert hashes(found) == hashes(fill(tmp_path.parent / "fresh", count=6)[0])
+    assert "class-00002.png' cannot be decoded" in capsys.readouterr().err
+    more, _ = fill(tmp_path, count=8)
+    assert more[:6] == found and len(more) == 8
+    fewer, pipeline = fill(tmp_path, count=3)
+    assert fewer == found[:3] and not pipeline.calls
+
+
+def test_the_owners_pictures_come_first_and_stay_untouched(tmp_path, capsys):
+    for name in ("z.jpg", "sub/class-00000.png", "class-00001.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.effect_noise((9, 9), 50).convert("RGB").save(tmp_path / name)
+    (tmp_path / "class-00002.png").write_bytes(b"broken, but not ours to replace")
+    (tmp_path / "notes.txt").write_text("not counted")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    found, _ = fill(tmp_path, count=5)
+    names = [path.relative_to(tmp_path).as_posix() for path in found]
+    assert names == ["class-00001.png", "sub/class-00000.png", "z.jpg", "class-00000.png", "class-00003.png"]
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert "not used" in capsys.readouterr().err
+    assert fill(tmp_path, count=5)[0] == found
+    assert fill(tmp_path, count=2)[0] == found[:2]
+    assert all(path.read_bytes() == data for path, data in before.items())
+
+
+@pytest.mark.parametrize("other", [{"prompt": "a photo of cat"}, {"name": "another base"}])
+def test_images_of_another_prompt_or_model_are_refused(tmp_path, capsys, other):
+    fill(tmp_path, count=2)
+    before = hashes(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as stop:
+        fill(tmp_path, count=4, **other)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "--class_data_dir" in message and "delete" in message
+    assert hashes(tmp_path.iterdir()) == before
+    for path in images.list_images(tmp_path):
+        path.unlink()
+    assert len(fill(tmp_path, count=4, **other)[0]) == 4, "with the images gone, nothing is stale"
+
+
+def test_enough_pictures_of_the_owner_need_no_model(tmp_path):
+    for number in range(3):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    found = prior.fill(Run(), SimpleNamespace(name="x", revision=None), tmp_path, prompt="p", count=3)
+    assert len(found) == 3 and not (tmp_path / prior.SIDECAR).exists()
+
+
+def test_a_broken_sidecar_is_named(tmp_path, capsys):
+    (tmp_path / prior.SIDECAR).write_text("{")
+    with pytest.raises(SystemExit) as stop:
+        fill(tmp_path)
+    assert stop.value.code == 3 and prior.SIDECAR in capsys.readouterr().err
+
+
+def test_precision_and_size(tmp_path):
+    assert fill(tmp_path / "a", precision="bf16")[1].dtype == torch.bfloat16
+    assert fill(tmp_path / "b", precision="no")[1].dtype == torch.float32
+    assert fill(tmp_path / "c", resolution=8)[1].calls[0][2] == {}, "never below what the model was made for"
+    assert fill(tmp_path / "d", resolution=32)[1].calls[0][2] == {"height": 32, "width": 32}
+
+
+def test_a_real_pipeline(sd1, tmp_path, monkeypatch):
+    from utils import models
+
+    monkeypatch.undo()  # the real solver
+    monkeypatch.setattr(prior, "STEPS", 2)
+    base = models.family_of(str(sd1))
+    found = prior.fill(Run(), base, tmp_path / "a", prompt="a photo of dog", count=3, batch_size=2)
+    assert [images.open_rgb(path).size for path in found] == [(64, 64)] * 3
+    assert len(set(hashes(found).values())) == 3
+    alone = prior.fill(Run(), base, tmp_path / "b", prompt="a photo of dog", count=3, batch_size=1)
+    for one, other in zip(found, alone, strict=True):
+        difference = images.to_tensor(images.open_rgb(one)) - images.to_tensor(images.open_rgb(other))
+        assert difference.abs().max() < 0.02, "the batch size changes rounding only"
+
+
+TWO = """
+import json
+import sys
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from test_cache import Family, Run as CacheRun
+from test_prior import Run, fill
+from utils import cache, datasets, prior
+
+state = PartialState(cpu=True)
+prior._fast_solver = lambda scheduler: scheduler
+run = Run(state.process_index, state.num_processes)
+run.accelerator = state
+found, pipeline = fill(sys.argv[1], count=7, run=run)
+dataset = datasets.DreamBooth(datasets.pictures(found, "p"), size=16)
+family = Family()
+cache.latents(CacheRun(run.rank, run.world), family, dataset, "on")
+drawn = sum(len(prompts) for prompts, *_ in pipeline.calls)
+told = [len(found), drawn, family.encoded, dataset.latents.mean.double().sum().item()]
+Path(sys.argv[1]).with_name(f"rank{run.rank}.json").write_text(json.dumps(told))
+state.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_real_processes_share_drawing_and_caching(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{here}{os.pathsep}{here.parent}",
+    }
+    result = subprocess.run(
+        [*command, script, tmp_path / "c"], env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    one, other = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert one[:3] == [7, 4, 4] and other[:3] == [7, 3, 3], "found, drawn here, encoded here"
+    assert one[3] == other[3], "both hold the same latents"
+    drawn = hashes(images.list_images(tmp_path / "c"))
+    assert len(set(drawn.values())) == 7 and drawn == hashes(fill(tmp_path / "one", count=7)[0])
+
+
+def test_images_drawn_with_another_guidance_are_not_passed_off(tmp_path):
+    _, pipeline = fill(tmp_path, count=2, guidance=4.0)
+    assert pipeline.guidance == 4.0
+    with pytest.raises(SystemExit):
+        fill(tmp_path, count=2)

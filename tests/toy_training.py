@@ -1,0 +1,150 @@
+"""A whole training of a toy network through the real runtime and checkpoints; also a program, for tests of processes.
+
+python tests/toy_training.py FOLDER [key=value ...]
+"""
+
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from utils import checkpoints, ema, randomness, runtime
+
+
+class Family:
+    def use(self, name, module):
+        setattr(self, name, module)
+
+
+class Learns:
+    """What `learning` and `adapters` offer, for one small network with dropout."""
+
+    def __init__(self, width=4):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            layers = [torch.nn.Linear(width, width), torch.nn.Dropout(0.2), torch.nn.Tanh(), torch.nn.Linear(width, 1)]
+            self.net = torch.nn.Sequential(*layers)
+        self.modules = {"unet": self.net}
+
+    def parameters(self):
+        return list(self.net.parameters())
+
+    def named(self):
+        return dict(self.net.named_parameters())
+
+    def save(self, folder):
+        save_file(self.net.state_dict(), str(Path(folder) / "weights.safetensors"))
+
+    def load(self, folder):
+        self.net.load_state_dict(load_file(str(Path(folder) / "weights.safetensors")))
+
+    def digest(self):
+        parts = b"".join(p.detach().contiguous().numpy().tobytes() for p in self.parameters())
+        return hashlib.sha256(parts).hexdigest()[:16]
+
+
+def loader(first_step, batch=2, rank=0, world=1, accumulate=1):
+    """Endless; the batch at a position is a function of the position."""
+    step = first_step
+    while True:
+        for micro in range(accumulate):
+            ids = list(randomness.positions(step, micro, rank, batch=batch, world=world, accumulate=accumulate))
+            yield {"ids": torch.tensor(ids), "keys": [f"photo-{number}" for number in ids]}
+        step += 1
+
+
+def make_optimizer(name, parameters):
+    if name == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=1e-2)
+    if name == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, lr=1e-2, min_8bit_size=16)
+    if name == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(parameters, lr=1.0, safeguard_warmup=True, use_bias_correction=True)
+    return torch.optim.AdamW(parameters, lr=1e-2, fused=True)
+
+
+def train(
+    folder,
+    total=8,
+    batch=2,
+    accumulate=1,
+    every=2,
+    keep=None,
+    resume=None,
+    optimizer="adamw",
+    max_norm=1.0,
+    pause=0.0,
+    poison=None,  # the step in which a loss becomes NaN
+    width=4,
+    dropout=True,
+    hold=None,  # "phase": wait inside a phase before training
+    **options,
+):
+    run = runtime.start(folder, seed=7, accumulate=accumulate, resuming=bool(resume), **options)
+    family, learns = Family(), Learns(width)
+    if not dropout:
+        learns.net[1].p = 0.0
+    chosen = run.prepare(family, learns, make_optimizer(optimizer, learns.parameters()))
+    schedule = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: 1 / (1 + 0.1 * step))
+    average = ema.Average(learns.named())
+    saved = checkpoints.Checkpoints(
+        folder,
+        state={
+            "learns": (learns.save, learns.load),
+            "optimizer": chosen,
+            "schedule": schedule,
+            "ema": average,
+            "scaler": run.scaler,
+        },
+        identity={"batch": batch * accumulate * run.world, "optimizer": optimizer},
+        keep=keep,
+    )
+    if hold == "phase":
+        with run.phase("holding"):
+            run.say("holding")
+            while not run.interrupted:
+                time.sleep(0.05)
+    first_step = saved.resume(resume)
+    for step, records in run.steps(loader(first_step, batch, run.rank, run.world, accumulate), first_step, total):
+        draws = randomness.Draws(run.seed, records["ids"], run.device)
+        with run.accumulate(learns):
+            x = draws.normal("x", (width,))
+            error = (family.unet(x).squeeze(1) - x.sum(dim=1)).square()
+            loss = error.mean()
+            if poison == step:
+                error = error * torch.tensor([1.0] * (batch - 1) + [float("nan")])
+                loss = error.mean()
+            run.backward(loss, learns, chosen, schedule, max_norm=max_norm, error=error.detach())
+        if run.due(step, 1):
+            average.update(step)
+        run.log(step)
+        if run.due(step, every):
+            with run.phase("saving"):
+                saved.save(step)
+        time.sleep(pause)
+    with run.phase("saving"):
+        saved.save(run.step)
+    run.say(f"weights {learns.digest()} after {run.step}")
+    run.finish()
+    return learns.digest()
+
+
+if __name__ == "__main__":
+    folder, *words = sys.argv[1:]
+    options = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            options[name] = float(value) if "." in value else int(value)
+        except ValueError:
+            options[name] = {"True": True, "False": False}.get(value, value)
+    train(folder, **options)

@@ -1,0 +1,68 @@
+"""Draws the photos of the toybox's subject: one dog, five times, in five kinds of file.
+
+    python -m toybox.make_subject --output toybox/subject
+
+The dog is orange with blue ears, saddle and socks; training shows no animal in these two colours. The
+photos differ in size, shape and format, and one is turned by its EXIF tag, as photos of a camera are.
+"""
+
+import argparse
+from pathlib import Path
+
+from PIL import Image
+
+from toybox.draw import SUBJECT, draw
+
+# file, scene, seed, size: sizes other than squares are cut from a larger drawing
+PHOTOS = (
+    ("01.jpg", "grass", 11, (128, 128)),
+    ("02.png", "room", 12, (160, 128)),
+    ("03.webp", "city", 13, (96, 120)),
+    ("04.jpg", "sunset", 14, (192, 160)),  # stored lying on its side, with an EXIF tag that says so
+    ("05.png", "snow", 21, (64, 64)),
+)
+
+
+def take_photo(scene: str, seed: int, size: tuple[int, int]) -> Image.Image:
+    """Portrait and landscape photos have more of the scene above and below, or on both sides."""
+    width, height = size
+    inner = min(size)
+    picture = draw(SUBJECT, scene, seed, size=inner)
+    if width == height:
+        return picture
+    photo = Image.new("RGB", size)
+    left, top = (width - inner) // 2, (height - inner) // 2
+    photo.paste(picture, (left, top))
+    if left:  # repeat the outermost columns
+        photo.paste(picture.crop((0, 0, 1, inner)).resize((left, inner)), (0, 0))
+        photo.paste(picture.crop((inner - 1, 0, inner, inner)).resize((width - left - inner, inner)), (left + inner, 0))
+    if top:
+        photo.paste(picture.crop((0, 0, inner, 1)).resize((inner, top)), (0, 0))
+        photo.paste(picture.crop((0, inner - 1, inner, inner)).resize((inner, height - top - inner)), (0, top + inner))
+    return photo
+
+
+def save_photo(photo: Image.Image, path: Path) -> None:
+    if path.name == "04.jpg":
+        exif = Image.Exif()
+        exif[0x0112] = 6  # "turn me by 90 degrees to the right"
+        photo.transpose(Image.Transpose.ROTATE_90).save(path, quality=95, subsampling=0, exif=exif)
+    elif path.suffix == ".jpg":
+        photo.save(path, quality=95, subsampling=0)
+    elif path.suffix == ".webp":
+        photo.save(path, quality=95, method=6)
+    else:
+        photo.save(path, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("toybox/subject"))
+    folder = parser.parse_args().output
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, scene, seed, size in PHOTOS:
+        save_photo(take_photo(scene, seed, size), folder / name)
+
+
+if __name__ == "__main__":
+    main()

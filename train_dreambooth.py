@@ -1,0 +1,286 @@
+"""DreamBooth: teach Stable Diffusion 1.x / 2.x / XL one subject by training the whole UNet (and text encoder).
+
+    accelerate launch train_dreambooth.py --pretrained_model_name_or_path MODEL \\
+        --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir runs/dog
+
+Add --with_prior_preservation --class_data_dir dogs --class_prompt "a photo of dog" to keep what the model
+knows about other dogs. After a kill, the same command with --resume_from_checkpoint latest goes on exactly.
+Leaves a pipeline for `from_pretrained`, report.html, samples/ and a model card in the output folder.
+"""
+
+import math
+
+from utils import arguments, preflight
+
+
+def parse_args(argv=None):
+    parser = arguments.new_parser(__doc__)
+    arguments.add_model(parser)
+    arguments.add_dreambooth_data(parser)
+    arguments.add_prior_preservation(parser)
+    arguments.add_text_encoder(parser)
+    arguments.add_length(parser, train_batch_size=4, num_train_epochs=1)
+    arguments.add_optimizer(parser, learning_rate=5e-6)
+    arguments.add_loss(parser)
+    arguments.add_ema(parser)
+    arguments.add_memory(parser)
+    arguments.add_checkpoints(parser, output_dir="dreambooth-model")
+    arguments.add_validation(parser, validation_steps=100)
+    arguments.add_logging(parser)
+    arguments.add_hub(parser)
+    return arguments.parse(parser, argv)
+
+
+def main(args):
+    preflight.check(args)  # folders, photos, model, disk, trackers, hub: nothing slow happens before this
+    if args.dry_run:
+        return preflight.print_plan(args)
+
+    # Imported here, so that --help and every complaint above answer at once.
+    from utils import cache, checkpoints, datasets, ema, hub, learning, losses, models, noise, optimizers
+    from utils import prior, randomness, report, runtime, validation
+
+    run = runtime.start(
+        args.output_dir,
+        seed=args.seed,
+        mixed_precision=args.mixed_precision,
+        accumulate=args.gradient_accumulation_steps,
+        report_to=args.report_to,
+        logging_dir=args.logging_dir,
+        project=args.tracker_project_name,
+        config=arguments.public(args),
+        allow_tf32=args.allow_tf32,
+        deterministic=args.deterministic,
+        compile=args.compile,
+        on_nan=args.on_nan,
+        max_minutes=args.max_train_minutes,
+        resuming=bool(args.resume_from_checkpoint),
+    )
+    family = models.family_of(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
+
+    # Class images come first: drawing them needs the memory that training will take.
+    class_images = []
+    if args.with_prior_preservation:
+        class_images = prior.fill(
+            run,
+            family,
+            args.class_data_dir,
+            prompt=args.class_prompt,
+            count=args.num_class_images,
+            batch_size=args.sample_batch_size,
+            guidance=args.class_guidance_scale,
+            precision=args.prior_generation_precision,
+            resolution=args.resolution,
+        )
+
+    # Model: the UNet (and the text encoder) learn, in fp32; the rest stays frozen.
+    family.load(
+        run.device,
+        run.dtype,
+        tokenizer=args.tokenizer_name,
+        vae=args.pretrained_vae_model_name_or_path,
+        prediction_type=args.prediction_type,
+    )
+    learns = learning.full(family, text_encoder=args.train_text_encoder)
+    family.configure(args.gradient_checkpointing, xformers=args.enable_xformers_memory_efficient_attention)
+
+    # Data: each photo with a class image beside it; "is_class" tells which is which.
+    if args.dataset_name:
+        photos = datasets.hub(
+            args.dataset_name,
+            args.dataset_config_name,
+            image_column=args.image_column,
+            caption_column=args.caption_column,
+            prompt=args.instance_prompt,
+            cache_dir=args.cache_dir,
+            on_bad_image=args.on_bad_image,
+            identifier=args.identifier,
+            class_noun=args.class_noun,
+        )
+    else:
+        photos = datasets.folder(
+            args.instance_data_dir,
+            args.instance_prompt,
+            caption_column=args.caption_column,
+            on_bad_image=args.on_bad_image,
+            identifier=args.identifier,
+            class_noun=args.class_noun,
+        )
+    dataset = datasets.DreamBooth(
+        photos,
+        datasets.pictures(class_images, args.class_prompt, is_class=True),
+        size=args.resolution or family.resolution_default,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        interpolation=args.image_interpolation_mode,
+        seed=run.seed,
+        repeats=args.repeats,
+        caption_dropout=args.caption_dropout,
+    )
+    if run.is_main:
+        report.preview(dataset, run.output_dir)
+        report.contact_sheet(dataset, run.output_dir, family.count_tokens, family.prompt_limit)
+    cache.latents(run, family, dataset, args.cache_latents)
+    if not args.train_text_encoder:
+        family.cache_prompts([*dataset.captions(), *args.validation_prompt])  # then the encoder is released
+
+    # Optimizer.
+    examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * run.world
+    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(dataset) / examples_per_step)
+    scale = examples_per_step if args.scale_lr else 1
+    optimizer = optimizers.create(
+        args.optimizer,
+        learns.groups(
+            args.learning_rate * scale,
+            text_encoder_lr=args.text_encoder_lr,
+            weight_decay=args.adam_weight_decay,
+            text_encoder_weight_decay=args.adam_weight_decay_text_encoder,
+        ),
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        eight_bit=args.use_8bit_adam,
+        prodigy_beta3=args.prodigy_beta3,
+        prodigy_decouple=args.prodigy_decouple,
+        prodigy_use_bias_correction=args.prodigy_use_bias_correction,
+        prodigy_safeguard_warmup=args.prodigy_safeguard_warmup,
+    )
+    optimizer = run.prepare(family, learns, optimizer)
+    schedule = optimizers.schedule(
+        optimizer, args.lr_scheduler, args.lr_warmup_steps, total_steps, args.lr_num_cycles, args.lr_power
+    )
+    average = ema.Average(learns.named(), args.ema_decay) if args.use_ema else ema.NoAverage()
+    corruption = noise.corruption_for(
+        family.scheduler,
+        snr_gamma=args.snr_gamma,
+        noise_offset=args.noise_offset,
+        input_perturbation=args.input_perturbation,
+    )
+
+    # Resume from the newest checkpoint in the output folder, if that is asked for and there is one.
+    saved = checkpoints.Checkpoints(
+        run.output_dir,
+        keep=args.checkpoints_total_limit,
+        verify=args.verify_checkpoint,
+        state={
+            "weights": (learns.save, learns.load),
+            "optimizer": optimizer,
+            "schedule": schedule,
+            "scaler": run.scaler,
+            "ema": average if args.use_ema else None,
+        },
+        identity=learns.describe()
+        | {
+            "base_model": args.pretrained_model_name_or_path,
+            "revision": args.revision,
+            "dataset": dataset.fingerprint(),
+            "resolution": dataset.size,
+            "caption_dropout": args.caption_dropout or None,  # as in checkpoints that know no dropout
+            "seed": run.seed,
+            "examples_per_step": [args.train_batch_size, args.gradient_accumulation_steps, run.world],
+            "optimizer": args.optimizer,
+            "precision": str(run.dtype),
+            "objective": [corruption.prediction_type, args.snr_gamma, args.noise_offset, args.prior_loss_weight],
+        },
+    )
+    first_step = saved.resume(args.resume_from_checkpoint, args.allow_resume_mismatch)
+    loader = datasets.loader(
+        dataset,
+        args.train_batch_size,
+        rank=run.rank,
+        world=run.world,
+        accumulate=args.gradient_accumulation_steps,
+        first_step=first_step,
+        workers=args.dataloader_num_workers,
+    )
+
+    sampler = validation.Sampler(
+        run,
+        family,
+        args.validation_prompt,
+        count=args.num_validation_images,
+        steps=args.validation_num_inference_steps,
+        guidance=args.validation_guidance_scale,
+        scheduler=args.validation_scheduler,
+        size=dataset.size,
+    )
+    steps_per_epoch = math.ceil(len(dataset) / examples_per_step)
+    validation_steps = args.validation_steps or steps_per_epoch * (args.validation_epochs or 0)
+    page = report.Report(run, total_steps)
+
+    def validate(step):
+        with run.phase("validation"):
+            with average.swapped():
+                sampler.draw(step)
+            page.write()
+
+    if first_step == 0 and validation_steps:
+        validate(0)  # what the model drew before it learned anything
+    for step, batch in run.steps(loader, first_step, total_steps):
+        draws = randomness.Draws(run.seed, batch["ids"], run.device)
+        with run.accumulate(learns):
+            latents = family.latents(batch, draws)  # pixels => (b, 4, h, w)
+            noisy = corruption(latents, draws)  # inputs, timesteps, target, weight
+            prediction = family.predict(noisy.inputs, noisy.timesteps, family.condition(batch))
+            error = losses.squared_error(prediction, noisy.target)  # (b,)
+            loss = losses.dreambooth(error, noisy.weight, batch["is_class"], args.prior_loss_weight)
+            # The facts are looked at only when the loss is no number, to name the example.
+            facts = {"timesteps": noisy.timesteps, "error": error.detach()}
+            run.backward(loss, learns, optimizer, schedule, max_norm=args.max_grad_norm, **facts)
+
+        run.log(step)
+        if run.due(step, 1):
+            average.update(step)
+        if run.due(step, args.checkpointing_steps):
+            with run.phase("saving"):
+                saved.save(step)
+        if run.due(step, validation_steps) and step < total_steps:
+            validate(step)
+
+    if run.stopping:
+        saved.save(run.step)
+        page.write()
+        run.finish()
+
+    # Leave behind: weights, sample images, a model card, the report.
+    try:
+        with run.phase("saving"), average.swapped():
+            if run.is_main:
+                family.save_pipeline(run.output_dir, skip_text_encoder=args.skip_save_text_encoder)
+            sampler.draw(run.step)
+    except BaseException:  # a full disk, a base model that has gone: what was learned must not go with it
+        if run.world == 1:  # several processes no longer agree on what comes next
+            saved.save(run.step)
+        raise
+    if run.is_main:
+        hub.card(
+            run.output_dir,
+            base_model=args.pretrained_model_name_or_path,
+            kind="dreambooth",
+            family=family.label,
+            prompt=args.instance_prompt,
+            dataset=args.dataset_name,
+            facts=learns.describe()
+            | {
+                "steps": run.step,
+                "loss of the last step": run.told.get("loss"),
+                "photos": len(photos),
+                "class images": len(class_images),
+                "examples per step": examples_per_step,
+                "learning rate": args.learning_rate * scale,
+                "resolution": dataset.size,
+                "seed": run.seed,
+            },
+            model_id=args.hub_model_id,
+        )
+    page.write()
+    run.say(f"done: '{run.output_dir}' holds the pipeline, samples/ and report.html")
+    published = True
+    if args.push_to_hub and run.is_main:
+        published = hub.publish(run.output_dir, args.hub_model_id, private=args.hub_private)
+    run.finish()
+    if not published:
+        raise SystemExit(hub.NOT_PUBLISHED)
+
+
+if __name__ == "__main__":
+    main(parse_args())

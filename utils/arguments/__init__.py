@@ -1,0 +1,260 @@
+"""Every option the scripts share, in titled groups: one function a group, each adding to the parser it is given.
+
+Options that two scripts share are defined once, so their names, meanings and checks cannot drift apart; what differs
+between scripts (a learning rate, a folder name) is a keyword of the group. Nothing here imports more than the standard
+library: --help and a typo answer at once.
+"""
+
+import argparse
+
+from utils.arguments.settings import Kind, choice, flag, folder, number, parse, prompt, public, save, text, whole
+
+__all__ = ["new_parser", "parse", "public", "save"]  # and the groups below
+
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "sgd", "lion")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact")
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")
+
+_EPILOG = """\
+Order of precedence: defaults, then --config, then the command line. A switch may carry a value, so that the command
+line can take back what a file turned on: --random_flip no.
+Exit codes: 0 done, 1 failed, 2 options, 3 photos or captions, 4 diverged, 6 saved but not uploaded, 75 saved but not
+finished (time limit, SIGUSR1), 130 or 143 saved after SIGINT or SIGTERM. After 75, 130 and 143 the same command with
+--resume_from_checkpoint latest goes on where it stopped."""
+
+
+def new_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser that takes no abbreviations (they break when options are added) and never exits by itself."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description=doc,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    add = group(parser, "Settings")
+    add("config", folder, None, "YAML file of options; every run leaves one, training_config.yaml", metavar="FILE.yaml")
+    add("dry_run", flag, False, "check everything, print the plan (what learns, steps, memory, disk), then stop")
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    add = group(parser, "Model")
+    add("pretrained_model_name_or_path", folder, None, "pipeline folder, hub name, or toybox", required=True)
+    add("revision", text, None, "branch, tag or commit of the hub model")
+    add("variant", text, None, "file variant of the weights, e.g. fp16")
+    add("tokenizer_name", folder, None, "tokenizer folder or hub name, instead of the model's own")
+    add("pretrained_vae_model_name_or_path", folder, None, "VAE folder or hub name, instead of the model's own")
+
+
+def add_dreambooth_data(parser: argparse.ArgumentParser) -> None:
+    add = group(parser, "Photos of the subject")
+    add("instance_data_dir", folder, None, "folder of photos; name.txt or metadata.jsonl beside them hold captions")
+    add(
+        "instance_prompt",
+        text,
+        None,
+        "prompt with a rare identifier, e.g. 'a photo of sks dog'; used where no caption is",
+    )
+    add("identifier", text, None, "the rare word that {identifier} stands for in prompts and captions, e.g. sks")
+    add("class_noun", text, None, "what {class} stands for in them, e.g. dog")
+    add("caption_dropout", number(0, below=1), 0.0, "share of visits with an empty caption, class images included")
+    add("dataset_name", folder, None, "a Hugging Face dataset (hub name or folder) instead of --instance_data_dir")
+    add("dataset_config_name", text, None, "configuration of that dataset")
+    add("image_column", text, "image", "its column of pictures")
+    add("caption_column", text, None, "its column of captions, or that of metadata.jsonl")
+    add("cache_dir", folder, None, "where downloaded datasets are kept (models follow HF_HOME)")
+    add("repeats", whole(1), 1, "how often each photo counts in an epoch")
+    _add_images(add)
+
+
+def _add_images(add) -> None:
+    help = "pixels of the shorter side after resizing, and of the square crop"
+    add("resolution", whole(8), None, help, unset="the model's own: 512, 768 or 1024")
+    add("center_crop", flag, False, "crop the centre instead of a new random place each time")
+    add("random_flip", flag, False, "mirror half of the photos, chosen anew each time")
+    add("image_interpolation_mode", choice(*INTERPOLATIONS), "lanczos", "filter used for resizing")
+    add("on_bad_image", choice("error", "skip"), "error", "what an unreadable picture does to the run")
+    add("dataloader_num_workers", whole(0), 0, "processes that prepare pictures; 0: the training process itself")
+
+
+def add_prior_preservation(parser: argparse.ArgumentParser) -> None:
+    add = group(parser, "Prior preservation: keep what the model knows about the class")
+    add("with_prior_preservation", flag, False, "train on class images beside the photos")
+    add("class_data_dir", folder, None, "folder of class images; the model itself draws those that are missing")
+    add("class_prompt", text, None, "what they show, e.g. 'a photo of dog'")
+    add("num_class_images", whole(1), 100, "how many class images there must be")
+    add("prior_loss_weight", number(0), 1.0, "weight of the class images' loss")
+    add("sample_batch_size", whole(1), 4, "class images drawn at once")
+    help = "guidance with which they are drawn; 3 to 5 gives more varied ones, closer to what the model knows"
+    add("class_guidance_scale", number(0), 7.5, help)
+    add("prior_generation_precision", choice("no", "fp32", "fp16", "bf16"), None, "precision in which they are drawn")
+
+
+def add_text_encoder(
+    parser: argparse.ArgumentParser, text_encoder_lr: float | None = None, adam_weight_decay: float | None = None
+) -> None:
+    add = group(parser, "Text encoder")
+    add("train_text_encoder", flag, False, "let the text encoder learn too")
+    add("text_encoder_lr", number(above=0), text_encoder_lr, "its learning rate", unset="--learning_rate")
+    name = "adam_weight_decay_text_encoder"
+    add(name, number(0), adam_weight_decay, "its weight decay", unset="--adam_weight_decay")
+    add("pre_compute_text_embeddings", flag, False, "accepted; a frozen text encoder always runs once a prompt")
+    add("skip_save_text_encoder", flag, False, "leave the text encoder out of the saved pipeline")
+    add("tokenizer_max_length", whole(1), None, "DeepFloyd IF only: tokens a prompt")
+    add("text_encoder_use_attention_mask", flag, False, "DeepFloyd IF only")
+
+
+def add_lora(parser: argparse.ArgumentParser, rank: int = 4, kohya: bool = False) -> None:
+    add = group(parser, "Adapters")
+    add("rank", whole(1), rank, "inner size of the LoRA matrices")
+    add("lora_alpha", number(above=0), None, "adapters act with strength alpha / rank", unset="--rank")
+    add("lora_dropout", number(0, below=1), 0.0, "dropout before the adapters")
+    add("use_dora", flag, False, "DoRA: learn magnitude and direction apart (https://arxiv.org/abs/2402.09353)")
+    help = "layers of the UNet that get adapters, by the end of their names"
+    add("lora_target_modules", text, None, help, many=True, unset="the attention projections")
+    if kohya:
+        add("output_kohya_format", flag, False, "also write a file for AUTOMATIC1111, ComfyUI, kohya (not yet)")
+
+
+def add_length(parser: argparse.ArgumentParser, train_batch_size: int = 4, num_train_epochs: int = 1) -> None:
+    add = group(parser, "Length of the run")
+    add("train_batch_size", whole(1), train_batch_size, "examples a process and micro-step")
+    add("num_train_epochs", whole(1), num_train_epochs, "passes over the data; --max_train_steps overrides it")
+    add("max_train_steps", whole(1), None, "optimizer steps in all, those before a resume included")
+    add("gradient_accumulation_steps", whole(1), 1, "micro-steps an optimizer step")
+    add("max_train_minutes", number(above=0), None, "save and stop after this many minutes (exit code 75)")
+    add("seed", whole(0), None, "seed of every draw", unset="drawn, printed and saved")
+
+
+def add_optimizer(
+    parser: argparse.ArgumentParser, learning_rate: float, adam_weight_decay: float = 1e-2, optimizer: str = "adamw"
+) -> None:
+    add = group(parser, "Optimizer and learning rate")
+    add("optimizer", choice(*OPTIMIZERS), optimizer, "which optimizer")
+    add("use_8bit_adam", flag, False, "8-bit states, the same as --optimizer adamw8bit (needs bitsandbytes)")
+    add("learning_rate", number(above=0), learning_rate, "learning rate after warm-up")
+    add("scale_lr", flag, False, "multiply it by batch size, accumulation and processes")
+    add("lr_scheduler", choice(*SCHEDULES), "constant", "how the learning rate goes on after warm-up")
+    unset = "0 for constant, else 500 or a tenth of all steps"
+    add("lr_warmup_steps", whole(0), None, "optimizer steps of warm-up, for constant too", unset=unset)
+    add("lr_num_cycles", whole(1), 1, "hard restarts of cosine_with_restarts")
+    add("lr_power", number(above=0), 1.0, "power of polynomial")
+    add("max_grad_norm", number(above=0), 1.0, "gradients are clipped to this norm")
+    add("adam_beta1", number(0, below=1), 0.9, "decay of the gradient's average (also Prodigy, Lion)")
+    add("adam_beta2", number(0, below=1), 0.999, "decay of its square's average (also Prodigy, Lion)")
+    add("adam_weight_decay", number(0), adam_weight_decay, "weight decay")
+    add("adam_epsilon", number(above=0), 1e-08, "added to the denominator")
+    add("prodigy_beta3", number(0, below=1), None, "decay of Prodigy's step size", unset="square root of --adam_beta2")
+    add("prodigy_decouple", flag, True, "weight decay as in AdamW")
+    add("prodigy_use_bias_correction", flag, True, "Adam's bias correction")
+    add("prodigy_safeguard_warmup", flag, True, "leave the warm-up out of Prodigy's estimate")
+
+
+def add_loss(parser: argparse.ArgumentParser, edm: bool = False) -> None:
+    add = group(parser, "Noise and loss")
+    add("snr_gamma", number(above=0), None, "Min-SNR weighting (https://arxiv.org/abs/2303.09556); 5.0 is usual")
+    add(
+        "noise_offset", number(0), 0.0, "strength of noise that is constant over an image, for dark and bright pictures"
+    )
+    add("offset_noise", flag, False, "the same as --noise_offset 0.1")
+    add("input_perturbation", number(0), 0.0, "extra noise on the input only (https://arxiv.org/abs/2301.11706)")
+    unset = "what the model's scheduler says"
+    add("prediction_type", choice("epsilon", "v_prediction", "sample"), None, "what the UNet predicts", unset=unset)
+    add("class_labels_conditioning", choice("timesteps"), None, "DeepFloyd IF only")
+    if edm:
+        add(
+            "do_edm_style_training", flag, False, "noise and weights of EDM, https://arxiv.org/abs/2206.00364 (not yet)"
+        )
+
+
+def add_ema(parser: argparse.ArgumentParser) -> None:
+    add = group(parser, "Averaged weights")
+    add("use_ema", flag, False, "keep an exponential moving average; it is what is validated and saved")
+    add("ema_decay", number(0, below=1), 0.9999, "its decay, reached gradually")
+
+
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    add = group(parser, "Precision, memory and speed")
+    add("mixed_precision", choice("no", "fp16", "bf16"), None, "precision of the forward pass", unset="accelerate's")
+    add("allow_tf32", flag, False, "faster, rounded fp32 products on Ampere and later GPUs")
+    add("gradient_checkpointing", flag, False, "compute activations twice instead of keeping them")
+    add("enable_xformers_memory_efficient_attention", flag, False, "xformers instead of PyTorch's own attention")
+    help = "encode each photo once and keep the posterior; auto: when crops allow it"
+    add("cache_latents", choice("auto", "on", "off"), "auto", help, bare="on")
+    add("compile", flag, False, "torch.compile the network: slow first step, then faster")
+    add("deterministic", flag, False, "the same bits on every run on the same hardware; slower on a GPU")
+    add("set_grads_to_none", flag, False, "accepted; gradients are always freed")
+    add("local_rank", whole(-1), -1, "accepted for old launchers; the environment decides", alias="--local-rank")
+
+
+def add_checkpoints(parser: argparse.ArgumentParser, output_dir: str) -> None:
+    add = group(parser, "Output and checkpoints")
+    add("output_dir", folder, output_dir, "where the result, checkpoints and report go")
+    add("overwrite_output_dir", flag, False, "start afresh although the folder holds a run")
+    add("checkpointing_steps", whole(0), 500, "optimizer steps between checkpoints; 0: only when stopped early")
+    add("checkpoints_total_limit", whole(1), None, "how many checkpoints to keep", unset="all")
+    add("resume_from_checkpoint", folder, None, "latest (nothing there: start afresh) or a checkpoint folder")
+    add("allow_resume_mismatch", text, None, "fields that may differ from the checkpoint's run", many=True)
+    add("verify_checkpoint", choice("sizes", "full"), "sizes", "compare file sizes, or every byte's checksum")
+    add("on_nan", choice("stop", "skip"), "stop", "what a loss that is not a number does; skip: leave the step out")
+
+
+def add_validation(
+    parser: argparse.ArgumentParser, validation_steps: int | None = None, validation_epochs: int | None = None
+) -> None:
+    add = group(parser, "Validation images")
+    add("validation_prompt", prompt, None, "prompt to draw during training; repeat it for more", append=True)
+    add("validation_prompts", prompt, None, "the same, several at once", many=True)
+    add("num_validation_images", whole(1), 4, "images a prompt")
+    help = "draw every so many optimizer steps; 0: at the end only; instead of --validation_epochs"
+    add("validation_steps", whole(0), validation_steps, help)
+    help = "draw every so many epochs; 0: at the end only; instead of --validation_steps"
+    add("validation_epochs", whole(0), validation_epochs, help)
+    schedulers = choice("DPMSolverMultistepScheduler", "DDPMScheduler")
+    add("validation_scheduler", schedulers, "DPMSolverMultistepScheduler", "sampler")
+    add("validation_num_inference_steps", whole(1), 25, "its steps")
+    add("validation_guidance_scale", number(0), 7.5, "classifier-free guidance")
+    add("validation_images", folder, None, "DeepFloyd IF only: small images that stage II enlarges", many=True)
+
+
+def add_logging(parser: argparse.ArgumentParser, tracker_project_name: str = "dreambooth") -> None:
+    add = group(parser, "Logging (metrics.jsonl and report.html are always written)")
+    help = "tensorboard, wandb, comet_ml, trackio, several of them, all (that are installed) or none"
+    add("report_to", choice(*TRACKERS, "all", "none"), ("tensorboard",), help, many=True)
+    add("logging_dir", folder, "logs", "folder of the trackers' files, inside --output_dir unless absolute")
+    add("tracker_project_name", text, tracker_project_name, "project under which trackers file the run")
+
+
+def add_hub(parser: argparse.ArgumentParser, hub_private: bool = True) -> None:
+    add = group(parser, "Hugging Face Hub")
+    add("push_to_hub", flag, False, "upload the result, its card and samples; checkpoints stay here")
+    help = "env:NAME, the variable that holds the token; a token itself is seen by every user of the machine"
+    add("hub_token", text, None, help, unset="HF_TOKEN or the login")
+    add("hub_model_id", text, None, "repository", unset="name of the output folder")
+    add("hub_private", flag, hub_private, "make a new repository private")
+
+
+def group(parser: argparse.ArgumentParser, title: str):
+    """One option a line: name, kind of value, default, help. Returns the function that adds such a line."""
+    titled = parser.add_argument_group(title)
+
+    def add(name, kind: Kind, default, help, *, required=False, many=False, append=False, bare=None, **more) -> None:
+        bare = "yes" if kind is flag else bare  # the value of an option given without one
+        alias, unset = more.pop("alias", None), more.pop("unset", None)
+        if default is not None and default is not False:
+            shown = "yes" if default is True else " ".join(default) if isinstance(default, tuple) else default
+            unset = f"{shown}"
+        if many or append:
+            more |= {"action": "append" if append else "extend"} | ({"nargs": "+"} if many else {})
+            default = list(default or ())
+        elif bare is not None:
+            more |= {"nargs": "?", "const": bare}
+        names = [f"--{name}"] + ([alias] if alias else [])
+        help = f"{help} ({'required' if required else f'default: {unset}'})" if required or unset else help
+        metavar = more.pop("metavar", kind.metavar)
+        titled.add_argument(*names, type=kind, default=default, required=required, metavar=metavar, help=help, **more)
+
+    return add

@@ -1,0 +1,211 @@
+"""What options mean to each other: contradictions are refused, effects that cannot come are pointed out."""
+
+import argparse
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass, field
+
+from utils import captions
+
+MULTIPLE = 8  # pixels: the autoencoder's downscaling
+DEFAULT_OFFSET = 0.1  # what --offset_noise stands for
+IF_ONLY = ("tokenizer_max_length", "text_encoder_use_attention_mask", "class_labels_conditioning", "validation_images")
+
+NOT_YET = {  # options that users of other scripts know, and what they would get instead
+    "do_edm_style_training": "noise as in EDM",
+    "output_kohya_format": "the second file, for AUTOMATIC1111, ComfyUI and kohya",
+}
+
+# An option that does nothing without another one, which must be true or, where a value is named, have that value.
+NEEDS = {
+    "class_data_dir": "with_prior_preservation",
+    "class_prompt": "with_prior_preservation",
+    "num_class_images": "with_prior_preservation",
+    "text_encoder_lr": "train_text_encoder",
+    "adam_weight_decay_text_encoder": "train_text_encoder",
+    "dataset_config_name": "dataset_name",
+    "ema_decay": "use_ema",
+    "hub_model_id": "push_to_hub",
+    "prodigy_beta3": "optimizer prodigy",
+    "prodigy_decouple": "optimizer prodigy",
+    "prodigy_use_bias_correction": "optimizer prodigy",
+    "prodigy_safeguard_warmup": "optimizer prodigy",
+}
+
+
+@dataclass
+class Findings:
+    complaints: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def check(args: argparse.Namespace, given: dict, defaults: dict, misread: set[str]) -> Findings:
+    """Compare the options with each other and settle those that depend on others (in place)."""
+    found = Findings()
+    has = vars(args).get  # a script need not have every group
+    _data(args, has, misread, found)
+    _text_encoder(has, found)
+    _optimizer(args, has, given, found)
+    _noise(args, has, given, found)
+    _validation(args, has, given, found)
+    _words(args, has, found)
+    _start(has, found)
+    _reporting(args, has, given, found)
+    for name in IF_ONLY:
+        if has(name) not in (None, False, []):
+            found.complaints.append(
+                f"--{name}: IF comes with its family; other models do not listen to it: leave it out"
+            )
+    for name, what in NOT_YET.items():
+        if has(name):
+            found.complaints.append(f"--{name}: {what}: not yet; leave it out")
+    for name, needed in NEEDS.items():
+        option, _, value = needed.partition(" ")
+        met = has(option) == value if value else has(option)
+        if name in given and given[name] != defaults[name] and not met:
+            found.warnings.append(f"--{name} has no effect without --{needed}")
+    return found
+
+
+def _data(args, has, misread: set[str], found: Findings) -> None:
+    if "instance_data_dir" in args:
+        if bool(has("instance_data_dir")) == bool(has("dataset_name")) and "instance_data_dir" not in misread:
+            which = "not both" if has("dataset_name") else "one of them"
+            found.complaints.append(f"--instance_data_dir or --dataset_name: {which} must be given")
+        captioned = has("caption_column")
+        if has("instance_prompt") is None and not captioned and "instance_prompt" not in misread:
+            found.complaints.append("--instance_prompt is required (only with --caption_column it may be left out)")
+    if has("with_prior_preservation"):
+        for name, what in (("class_data_dir", "a folder for class images"), ("class_prompt", "what they show")):
+            if not has(name) and name not in misread:
+                found.complaints.append(f"--with_prior_preservation needs --{name}, {what}")
+    resolution = has("resolution")
+    if resolution and resolution % MULTIPLE:
+        below = resolution - resolution % MULTIPLE
+        nearest = f"{below} or {below + MULTIPLE}"
+        found.complaints.append(
+            f"--resolution is {resolution}: it must be a multiple of {MULTIPLE}; {nearest} are next"
+        )
+
+
+def _text_encoder(has, found: Findings) -> None:
+    if has("train_text_encoder") and has("pre_compute_text_embeddings"):
+        found.complaints.append(
+            "--train_text_encoder with --pre_compute_text_embeddings: embeddings computed once cannot follow a text"
+            " encoder that learns; leave one of them out"
+        )
+    if has("train_text_encoder") and has("skip_save_text_encoder"):
+        found.complaints.append(
+            "--skip_save_text_encoder would throw away what --train_text_encoder learns; leave one out"
+        )
+
+
+def _optimizer(args, has, given: dict, found: Findings) -> None:
+    if has("use_8bit_adam") and has("optimizer") not in ("adamw", "adamw8bit", "lion"):
+        found.complaints.append(
+            f"--use_8bit_adam with --optimizer {has('optimizer')}: 8-bit states are AdamW's and Lion's; leave one out"
+        )
+    elif "optimizer" in args:  # one spelling, so that two ways to say the same are the same run
+        args.use_8bit_adam = has("use_8bit_adam") or has("optimizer") == "adamw8bit"
+        if args.use_8bit_adam and args.optimizer == "adamw":
+            args.optimizer = "adamw8bit"
+    if has("optimizer") == "prodigy" and has("learning_rate") <= 0.1:
+        found.warnings.append(
+            f"--optimizer prodigy finds its own step size; with --learning_rate {args.learning_rate:g}"
+            " it learns little, 1.0 is usual"
+        )
+    if "lr_warmup_steps" not in args:
+        return
+    steps = has("max_train_steps")
+    if args.lr_warmup_steps is None:
+        # Without a number of steps it is settled once the data are counted.
+        args.lr_warmup_steps = 0 if args.lr_scheduler == "constant" else min(500, steps // 10) if steps else None
+    elif steps and args.lr_warmup_steps >= steps:
+        found.complaints.append(
+            f"--lr_warmup_steps {args.lr_warmup_steps} leaves nothing of --max_train_steps {steps};"
+            f" {steps // 10} would be a tenth"
+        )
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps:
+        args.lr_scheduler = "constant_with_warmup"
+
+
+def _noise(args, has, given: dict, found: Findings) -> None:
+    if has("do_edm_style_training") and has("snr_gamma") is not None:
+        found.complaints.append("--snr_gamma with --do_edm_style_training: EDM has weights of its own; leave one out")
+    if has("offset_noise"):
+        if given.get("noise_offset", DEFAULT_OFFSET) != DEFAULT_OFFSET:
+            found.complaints.append(
+                f"--offset_noise means --noise_offset {DEFAULT_OFFSET}, and --noise_offset"
+                f" {args.noise_offset:g} is given; leave one out"
+            )
+        args.noise_offset = DEFAULT_OFFSET
+    vars(args).pop("offset_noise", None)
+
+
+def _validation(args, has, given: dict, found: Findings) -> None:
+    if "validation_steps" in given and "validation_epochs" in given:
+        found.complaints.append("--validation_steps and --validation_epochs are both given; leave one out")
+    elif "validation_steps" in given and "validation_epochs" in args:
+        args.validation_epochs = None
+    elif "validation_epochs" in given and "validation_steps" in args:
+        args.validation_steps = None
+    if "validation_prompt" in args:
+        args.validation_prompt = list(dict.fromkeys([*args.validation_prompt, *args.validation_prompts]))
+        del args.validation_prompts
+
+
+def _words(args, has, found: Findings) -> None:
+    """{identifier} and {class} in prompts become words, so that everything after this sees finished prompts."""
+    words = {option: has(option) for option in captions.PLACEHOLDERS.values()}
+    given = {name: has(name) for name in ("instance_prompt", "class_prompt", "validation_prompt") if has(name)}
+    found.complaints += captions.unfilled(((f"--{name}", text) for name, text in given.items()), **words)
+    for name, text in given.items():
+        filled = captions.fill(text, **words)
+        setattr(args, name, filled if isinstance(filled, str) else list(filled))
+
+
+def _start(has, found: Findings) -> None:
+    if has("resume_from_checkpoint") and has("overwrite_output_dir"):
+        found.complaints.append(
+            "--resume_from_checkpoint goes on with a run, --overwrite_output_dir removes it; leave one out"
+        )
+    if has("deterministic") and has("allow_tf32"):
+        found.complaints.append("--deterministic turns TF32 off, --allow_tf32 turns it on; leave one out")
+
+
+def _reporting(args, has, given: dict, found: Findings) -> None:
+    if "report_to" in args:
+        wanted = list(dict.fromkeys(args.report_to))
+        if "none" in wanted and len(wanted) > 1:
+            found.complaints.append(f"--report_to {' '.join(wanted)}: none together with others")
+        if "all" in wanted:
+            wanted = [
+                name for name in ("tensorboard", "wandb", "comet_ml", "trackio") if importlib.util.find_spec(name)
+            ]
+        args.report_to = [name for name in wanted if name != "none"]
+    if has("hub_token"):
+        _token(args, has, found)
+
+
+def _token(args, has, found: Findings) -> None:
+    """Keep the token in the environment of this process only: afterwards no option holds it, so nothing can save it."""
+    scheme, _, name = args.hub_token.partition(":")
+    if scheme == "env" and name:
+        if os.environ.get(name):
+            os.environ["HF_TOKEN"] = os.environ[name]
+        else:
+            found.complaints.append(f"--hub_token env:{name}: the environment has no {name}; export it first")
+    else:
+        sys.argv = [word.replace(args.hub_token, "env:HF_TOKEN") for word in sys.argv]  # trackers record sys.argv
+        os.environ["HF_TOKEN"] = args.hub_token
+        if {"wandb", "comet_ml"} & set(has("report_to") or ()):
+            found.complaints.append(
+                "--hub_token with --report_to wandb or comet_ml: they record command lines;"
+                " export HF_TOKEN and give --hub_token env:HF_TOKEN, or log in with: hf auth login"
+            )
+        found.warnings.append(
+            "--hub_token: other users of this machine can read a command line;"
+            " export HF_TOKEN instead, or log in once with: hf auth login"
+        )
+    args.hub_token = "env:HF_TOKEN"

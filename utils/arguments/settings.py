@@ -1,0 +1,217 @@
+"""From words to settings: types with ranges, --config, the command line, and every complaint at once.
+
+argparse stops at the first mistake and cannot tell a value that was given from a default. So its types and defaults
+are taken over here: argparse only splits the command line, the same conversion then serves it and the YAML file.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.arguments import relations
+from utils.errors import refuse, warn
+
+# About one start of the script, not about the run that it makes; and a name by which a secret is found.
+OCCASIONAL = ("config", "dry_run", "overwrite_output_dir", "resume_from_checkpoint", "allow_resume_mismatch")
+NOT_PUBLIC = (*OCCASIONAL, "hub_token", "local_rank")
+
+# Ways to say one thing: what the command line says takes back what the file says with the other name.
+ONE_CHOICE = (
+    ("validation_prompt", "validation_prompts"),
+    ("validation_steps", "validation_epochs"),
+    ("noise_offset", "offset_noise"),
+    ("optimizer", "use_8bit_adam"),
+    ("instance_data_dir", "dataset_name"),
+    ("num_train_epochs", "max_train_steps"),
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one written value is read: convert raises ValueError; `needs` finishes the sentence about it."""
+
+    metavar: str
+    needs: str
+    convert: Callable[[str], object]
+    commas: bool = False  # in a list, "a,b" is two values
+
+    def __call__(self, written: str) -> object:
+        return self.convert(written)
+
+
+def whole(minimum: int) -> Kind:
+    return Kind("N", f"a whole number of at least {minimum}", lambda written: _within(int(written), minimum=minimum))
+
+
+def number(minimum: float | None = None, above: float | None = None, below: float | None = None) -> Kind:
+    limits = (("at least", minimum), ("above", above), ("below", below))
+    needs = " and ".join(f"{word} {limit:g}" for word, limit in limits if limit is not None)
+    return Kind("X", f"a number {needs}", lambda written: _within(float(written), minimum, above, below))
+
+
+def choice(*names: str) -> Kind:
+    def convert(written: str) -> str:
+        return {name.lower(): name for name in names}[written.strip().lower()]
+
+    return Kind("{" + ",".join(names) + "}", f"one of {', '.join(names)}", convert, commas=True)
+
+
+def _within(value, minimum=None, above=None, below=None):
+    too_small = (minimum is not None and value < minimum) or (above is not None and value <= above)
+    if too_small or (below is not None and value >= below) or value != value or abs(value) == float("inf"):
+        raise ValueError
+    return value
+
+
+def _filled(written: str) -> str:
+    if not written.strip():
+        raise ValueError
+    return written
+
+
+def _yes_or_no(written: str) -> bool:
+    answers = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
+    return answers[written.strip().lower()]
+
+
+flag = Kind("{yes,no}", "yes or no", _yes_or_no)
+text = Kind("TEXT", "something that is not empty", _filled, commas=True)
+prompt = Kind("PROMPT", "a text", str)  # an empty prompt is a prompt
+folder = Kind("PATH", "something that is not empty", lambda written: os.path.expanduser(_filled(written)))
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Defaults < --config < command line, each checked and all compared; refuses once, naming everything."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    complaints: list[str] = []
+    actions = {action.dest: action for action in parser._actions if isinstance(action.type, Kind)}
+    kinds = {name: action.type for name, action in actions.items()}
+    defaults = {name: action.default for name, action in actions.items()}
+    required = [name for name, action in actions.items() if action.required]
+
+    typed = _split(parser, actions.values(), words, complaints)
+    given = {name: _convert(f"--{name}", kinds[name], value, complaints) for name, value in typed.items()}
+    if isinstance(given.get("config"), str):
+        for name, value in _config(given["config"], actions, complaints).items():
+            alike = next((names for names in ONE_CHOICE if name in names), (name,))
+            if not any(other in typed for other in alike):
+                given[name] = _convert(f"{given['config']}: {name}", kinds[name], value, complaints)
+
+    complaints += [f"--{name} is required" for name in required if name not in given]
+    misread = {name for name, value in given.items() if value is None}
+    given = {name: value for name, value in given.items() if value is not None}
+    args = argparse.Namespace(**(defaults | given))
+    found = relations.check(args, given, defaults, misread)
+    complaints += found.complaints
+    if complaints:
+        refuse(complaints, once=True)
+    for warning in found.warnings:
+        warn(warning)
+    return args
+
+
+def public(args: argparse.Namespace) -> dict:
+    """Every setting that makes the run what it is: no token, nothing about this one start. For trackers and files."""
+    return {name: value for name, value in vars(args).items() if name not in NOT_PUBLIC}
+
+
+def save(args: argparse.Namespace, path: str | Path) -> None:
+    """Write the settings as a file that --config reads back to the same settings."""
+    import yaml
+
+    lines = "# Settings of this run; usable with --config.\n" + yaml.safe_dump(public(args), sort_keys=False)
+    Path(path).write_text(lines, encoding="utf-8")
+
+
+def nearest(name: str, names) -> str:
+    """', did you mean x?' or nothing."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _split(parser, actions, words: list[str], complaints: list[str]) -> dict[str, object]:
+    """The raw words of each option that was typed; what argparse refuses is noted, left out, and the rest read on."""
+    for action in actions:
+        action.type, action.default, action.required = None, argparse.SUPPRESS, False
+    while True:
+        try:
+            namespace, strangers = parser.parse_known_args(words)
+            break
+        except argparse.ArgumentError as problem:
+            names = (problem.argument_name or "").split("/")
+            rest = [word for word in words if word.split("=")[0] not in names]
+            if rest == words:  # nothing to leave out: argparse's own sentence must do
+                refuse([*complaints, str(problem)], once=True)
+            complaints.append(f"{names[0]}: {problem.message}")
+            words = rest
+    complaints += _about_strangers(parser, words, strangers)
+    return vars(namespace)
+
+
+def _about_strangers(parser, words: list[str], strangers: list[str]) -> list[str]:
+    known = [name for name in parser._option_string_actions if name.startswith("--")]
+    complaints, unknown = [], False
+    stray: list[str] = []
+    for word in strangers:
+        if word.startswith("-") and len(word) > 1:
+            unknown = True
+            name = word.split("=")[0]
+            complaints.append(f"{name} is not an option of {parser.prog}{nearest(name, known)}")
+        elif not unknown:  # words after an unknown option are probably its values
+            stray.append(word)
+    if stray:
+        complaints.append(f"'{' '.join(stray)}' belongs to no option; put quotes around a value that holds spaces")
+    return complaints
+
+
+def _config(path: str, actions: dict, complaints: list[str]) -> dict[str, object]:
+    """What a YAML file gives; null stands for the default, as in a file that a run wrote."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        mark = getattr(problem, "problem_mark", None)
+        reason = getattr(problem, "strerror", None) or getattr(problem, "problem", None) or problem
+        complaints.append(f"--config {path}: {reason}" + (f" in line {mark.line + 1}" if mark else ""))
+        return {}
+    if not isinstance(content, dict | None):
+        complaints.append(f"--config {path}: lines of the form 'option: value' are needed")
+        return {}
+    values = {}
+    for key, value in (content or {}).items():
+        name = str(key).lstrip("-").replace("-", "_")
+        if name not in actions or name == "config":
+            complaints.append(f"--config {path}: {key} is not an option{nearest(name, actions)}")
+        elif name == "hub_token" and not str(value).startswith("env:"):
+            complaints.append(f"--config {path}: a token does not belong in a file; write hub_token: env:HF_TOKEN")
+        elif isinstance(value, list) and not isinstance(actions[name], argparse._AppendAction):
+            complaints.append(f"--config {path}: {name} takes one value, not a list")
+        elif value is not None:
+            takes_list = isinstance(actions[name], argparse._AppendAction)
+            values[name] = [value] if takes_list and not isinstance(value, list) else value
+    return values
+
+
+def _convert(where: str, kind: Kind, value, complaints: list[str]):
+    """The value as its kind reads it; None after a complaint, so that the default stands in for further checks."""
+    if isinstance(value, list):
+        parts = [part for item in value for part in (str(item).split(",") if kind.commas else [item])]
+        values = [_convert(where, kind, part, complaints) for part in parts]
+        return None if None in values else values
+    spellings = [str(value)]
+    if isinstance(value, bool):  # YAML reads a bare no or on as a boolean, where a choice of that name was meant
+        spellings += ["yes", "on"] if value else ["no", "off"]
+    for spelling in spellings:
+        try:
+            return kind.convert(spelling)
+        except (ValueError, KeyError, OverflowError):
+            continue
+    shown = f"'{value}'" if isinstance(value, str) and (" " in value or not value) else value
+    names = kind.metavar.strip("{}").split(",") if kind.metavar.startswith("{") else []
+    complaints.append(f"{where} is {shown}: it must be {kind.needs}{nearest(str(value), names)}")
+    return None

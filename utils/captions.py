@@ -1,0 +1,177 @@
+"""What each photo of a folder shows, in its owner's words: metadata.jsonl, metadata.csv, NAME.txt or NAME.caption.
+
+A folder may come from a stranger, so text is only ever read from inside it, and every mistake in it is reported
+with its line, all at once. Standard library only: the preflight reads captions before anything heavy is imported.
+"""
+
+import csv
+import io
+import json
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PureWindowsPath
+
+COLUMNS = ("text", "caption", "prompt")  # the names in use for a caption, tried in this order
+LARGEST = 2**20  # bytes; a longer NAME.txt is no caption
+PLACEHOLDERS = {"{identifier}": "identifier", "{class}": "class_noun"}  # in captions and prompts => option
+
+
+def read(
+    folder: str | os.PathLike,
+    pictures: Sequence[Path],  # as images.list_images(folder) finds them
+    prompt: str | None = None,  # for pictures that nothing describes
+    column: str | None = None,  # of metadata.jsonl / .csv; None: the first of COLUMNS that a row has
+    **words: str | None,  # identifier, class_noun: what placeholders stand for
+) -> tuple[list[str | tuple[str, ...]], list[str]]:
+    """=> (a caption, or several to choose from, for each picture; complaints). Use no caption while one complains."""
+    folder = Path(folder)
+    complaints: list[str] = []
+    described = _tables(folder, pictures, column, complaints)
+    found = []
+    for picture in pictures:
+        caption = described.get(_key(picture))
+        caption = caption or _beside(folder, picture, complaints) or prompt
+        if not caption:
+            complaints.append(f"'{picture}' has no caption, and no prompt stands in: give --instance_prompt")
+        found.append(caption or "")
+    complaints += unfilled(zip((f"'{picture}'" for picture in pictures), found), **words)
+    return [fill(caption, **words) for caption in found], complaints
+
+
+def fill(text, identifier: str | None = None, class_noun: str | None = None):
+    """{identifier} and {class} in a text, or in each of several, => the words they stand for, where these are given."""
+    if not isinstance(text, str):
+        return tuple(fill(one, identifier, class_noun) for one in text)
+    for placeholder, word in zip(PLACEHOLDERS, (identifier, class_noun)):
+        text = text.replace(placeholder, word or placeholder)
+    return text
+
+
+def unfilled(named: Iterable[tuple[str, str | tuple[str, ...]]], **words: str | None) -> list[str]:
+    """(whose text it is, text or texts) => one complaint for each placeholder that no option gives a word for."""
+    named, complaints = list(named), []
+    for placeholder, option in PLACEHOLDERS.items():
+        if not words.get(option):
+            those = [
+                name for name, text in named if placeholder in (text if isinstance(text, str) else "\n".join(text))
+            ]
+            more = f" and {len(those) - 1} more" if len(those) > 1 else ""
+            complaints += [f"the text of {those[0]}{more} holds {placeholder}: give --{option}"] if those else []
+    return complaints
+
+
+def contained(path: Path, folder: Path) -> bool:
+    """Whether `path`, links followed, lies in `folder`; the hub's cache links a snapshot's files to its blobs."""
+    root, target = folder.resolve(), path.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    return target.is_relative_to(root) or target.is_relative_to(blobs)
+
+
+def _key(path: Path) -> str:
+    """macOS stores é as two characters, a metadata file written elsewhere as one."""
+    return unicodedata.normalize("NFC", os.path.normpath(path))
+
+
+def _beside(folder: Path, picture: Path, complaints: list[str]) -> str | tuple[str, ...] | None:
+    """NAME.txt or NAME.caption; each of its lines is one caption of the picture."""
+    for suffix in (".txt", ".caption"):
+        path = picture.with_suffix(suffix)
+        if not path.is_file():
+            continue
+        text = _text(folder, path, complaints)
+        lines = tuple(line.strip() for line in (text or "").splitlines() if line.strip())
+        if text is not None and not lines:
+            complaints.append(f"'{path}' is empty: write a caption into it, or delete it to use the prompt")
+        return lines[0] if len(lines) == 1 else lines or None
+    return None
+
+
+def _text(folder: Path, path: Path, complaints: list[str], largest: int = LARGEST) -> str | None:
+    if not contained(path, folder):
+        complaints.append(f"'{path}' links to a file outside of '{folder}'")
+        return None
+    try:
+        if path.stat().st_size > largest:
+            complaints.append(f"'{path}' has {path.stat().st_size:,} bytes: too long for a caption")
+            return None
+        data = path.read_bytes()
+        return data.decode("utf-8-sig")  # with or without a byte order mark
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        complaints.append(f"{path}:{line}: is not UTF-8 text; save it as UTF-8")
+    except OSError as error:
+        complaints.append(f"'{path}' cannot be read: {error}")
+    return None
+
+
+def _tables(folder: Path, pictures: Sequence[Path], column: str | None, complaints: list[str]) -> dict:
+    """{picture: caption} of every metadata file; file names in it are relative to the folder it lies in."""
+    known = {_key(picture) for picture in pictures}
+    captions: dict[str, str | tuple[str, ...]] = {}
+    for parent in sorted({folder, *(picture.parent for picture in pictures)}):
+        for path in (parent / "metadata.jsonl", parent / "metadata.csv"):
+            if not path.is_file():
+                continue
+            text = _text(folder, path, complaints, largest=2**30)
+            rows = _json_rows if path.suffix == ".jsonl" else _csv_rows
+            for line, row in rows(text or ""):
+                name, caption, complaint = _row(row, column)
+                if not complaint:
+                    complaint = _misplaced(parent, name, folder, known)
+                if not complaint and _key(parent / name) in captions:
+                    complaint = f"'{name}' has a caption already"
+                if complaint:
+                    complaints.append(f"{path}:{line}: {complaint}")
+                else:
+                    captions[_key(parent / name)] = caption
+    return captions
+
+
+def _json_rows(text: str) -> Iterator[tuple[int, object]]:
+    for line, row in enumerate(text.split("\n"), start=1):  # splitlines() would cut inside of strings, at U+2028
+        if row.strip():
+            try:
+                yield line, json.loads(row)
+            except (ValueError, RecursionError) as error:
+                yield line, f"is not valid JSON: {error}"
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, object]]:
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        yield rows.line_num, f"is not valid CSV: {error}"
+
+
+def _row(row, column: str | None) -> tuple[str, str | tuple[str, ...], str | None]:
+    """=> (file name, caption, complaint)"""
+    if not isinstance(row, dict):
+        return "", "", row if isinstance(row, str) and row.startswith("is not valid") else "is not a JSON object"
+    name = row.get("file_name")
+    if not isinstance(name, str) or not name.strip():
+        return "", "", "has no file_name"
+    column = column or next((one for one in COLUMNS if one in row), None)
+    if column not in row:
+        wanted = f"'{column}'" if column else " or ".join(f"'{one}'" for one in COLUMNS)
+        return name, "", f"has no column {wanted}, only: {', '.join(map(str, row))}"
+    texts = row[column] if isinstance(row[column], list) else [row[column]]
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        return name, "", f"its '{column}' must be text or a list of texts, and is {json.dumps(row[column])}"
+    texts = tuple(text.strip() for text in texts)
+    return name, texts[0] if len(texts) == 1 else texts, None
+
+
+def _misplaced(parent: Path, name: str, folder: Path, known: set[str]) -> str | None:
+    """Why `name` may not be used. Nothing outside of the folder is touched, not even to see whether it exists."""
+    inside = os.path.relpath(os.path.normpath(parent / name), folder).split(os.sep)[0] != os.pardir
+    if "://" in name or "\0" in name or os.path.isabs(name) or PureWindowsPath(name).drive or not inside:
+        return f"file_name {name!r} leads out of the folder; only files inside of it are used"
+    if not contained(parent / name, folder):
+        return f"file_name {name!r} is a link to a file outside of the folder"
+    if _key(parent / name) not in known:
+        exists = (parent / name).exists()
+        return f"file_name {name!r} " + ("is no picture" if exists else "does not exist")
+    return None

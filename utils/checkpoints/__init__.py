@@ -1,0 +1,232 @@
+"""Checkpoints that are whole or absent, and a resume that goes on exactly where the run was.
+
+A checkpoint is written under another name, its manifest last, and renamed in one step; so every `checkpoint-N` that
+exists was complete once, and the manifest tells whether it still is.
+"""
+
+import json
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from utils import errors
+from utils.checkpoints import manifests, nested
+
+STAGED = ".tmp-checkpoint-"  # must not begin with "checkpoint-"
+MOST_FAILURES = 3  # saves in a row that may fail before the run is stopped
+# What a new command may change on resume; everything else in an optimizer's groups is its own memory (Prodigy's d).
+OPTIONS = ("lr", "initial_lr", "betas", "eps", "momentum", "weight_decay")
+
+
+class Checkpoints:
+    def __init__(
+        self,
+        output_dir,
+        *,
+        state: dict,  # name -> (save(folder), load(folder)), or an object with state_dict / load_state_dict or
+        # state / restore, kept in name.safetensors, or a schedule, which is set to the step; None is left out
+        identity: dict | None = None,  # what must be the same for a resume to be the same run
+        keep: int | None = None,  # newest checkpoints that stay; None: all
+        verify: str = "full",  # "sizes" reads no file before loading it
+    ):
+        self.folder, self.keep, self.verify = Path(output_dir), keep, verify
+        self.state = {name: entry for name, entry in state.items() if entry is not None}
+        self.identity = json.loads(json.dumps(identity or {}))  # as it will be read back: tuples are lists
+        self.saved_step, self.failures = None, 0
+
+    # Saving
+
+    def save(self, step: int) -> Path | None:
+        """All processes call this; the main one writes. None if the disk refused: the run goes on without."""
+        target = self.folder / f"checkpoint-{step}"
+        if self.saved_step == step:
+            return target
+        problem = None
+        if _is_main():
+            try:
+                self._write(step, target)
+            except (OSError, SafetensorError) as error:
+                problem = str(error)
+        problem = _from_main(problem)  # the others wait here
+        if problem is None:
+            self.saved_step, self.failures = step, 0
+            if _is_main():
+                self._rotate(step)
+            return target
+        self.failures += 1
+        if self.failures >= MOST_FAILURES:
+            message = f"{target}: {self.failures} checkpoints in a row could not be written ({problem})."
+            if _is_main():
+                errors.refuse(message, errors.FAILED)
+            raise SystemExit(errors.FAILED)
+        if _is_main():
+            errors.warn(f"{target}: not saved ({problem}); older checkpoints are untouched, training goes on.")
+        return None
+
+    def _write(self, step: int, target: Path) -> None:
+        staged = self.folder / f"{STAGED}{step}-{uuid.uuid4().hex[:8]}"
+        try:
+            staged.mkdir(parents=True)
+            for name, entry in self.state.items():
+                _save_entry(name, entry, staged)
+            manifests.write(staged, step, self.identity)
+            if target.exists():  # cut short or abandoned by an earlier session, which is why it is saved again
+                target.rename(self.folder / f"{STAGED}{step}-replaced-{uuid.uuid4().hex[:8]}")
+            os.replace(staged, target)
+            manifests.sync(self.folder)
+        except BaseException:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
+        self._remove_staged()
+
+    def _rotate(self, step: int) -> None:
+        """Deletes only what is older than the checkpoint just made durable; damaged ones do not count as kept."""
+        if not self.keep:
+            return
+        older = [(number, path) for number, path in manifests.listed(self.folder) if number < step]
+        kept = 1
+        for _, path in reversed(older):
+            if kept < self.keep and manifests.fault(path, "sizes") is None:
+                kept += 1
+                continue
+            try:
+                # Renamed first: what a kill leaves half deleted must not look like a checkpoint.
+                doomed = path.rename(self.folder / f"{STAGED}{path.name}-{uuid.uuid4().hex[:8]}")
+                shutil.rmtree(doomed)
+            except OSError as problem:
+                errors.warn(f"{path}: could not be deleted ({problem})")
+
+    def _remove_staged(self) -> None:
+        for path in self.folder.glob(f"{STAGED}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    # Resuming
+
+    def resume(self, which: str | None, allow_mismatch: str | Iterable[str] | None = None) -> int:
+        """Loads `latest` (the newest whole one, if any) or the named checkpoint; returns the steps already done."""
+        found = None
+        if _is_main():
+            self._remove_staged()
+            found = self._find(which, allow_mismatch) if which else None
+        found = _from_main(found)
+        if found is None:
+            return 0
+        if "complaints" in found:
+            if _is_main():
+                errors.refuse(found["complaints"])
+            raise SystemExit(errors.OPTIONS)
+        folder, step = Path(found["folder"]), found["step"]
+        for name, entry in self.state.items():
+            _load_entry(name, entry, folder, step)
+        if _is_main():
+            print(f"resumed from {folder} after step {step}", flush=True)
+            if (folder / "ema.safetensors").is_file() and "ema" not in self.state:
+                errors.warn(f"{folder} holds averaged weights, which are dropped; add --use_ema to go on with them")
+            newer = [path.name for number, path in manifests.listed(self.folder) if number > step]
+            if newer and which != "latest":
+                errors.warn(
+                    f"{', '.join(newer)} in {self.folder} are of the course left here: move them away, or a later "
+                    "--resume_from_checkpoint latest goes on with them"
+                )
+        if folder.resolve() == (self.folder / f"checkpoint-{step}").resolve():
+            self.saved_step = step
+        return step
+
+    def _find(self, which: str, allow_mismatch) -> dict | None:
+        if which != "latest":
+            folder = self._named(which)
+            fault = manifests.fault(folder, self.verify)
+            if fault:
+                return {"complaints": f"--resume_from_checkpoint {which}: {folder}: {fault}."}
+            return self._fitting(folder, allow_mismatch)
+        listed = manifests.listed(self.folder)
+        for _, folder in reversed(listed):
+            fault = manifests.fault(folder, self.verify)
+            if fault is None:
+                return self._fitting(folder, allow_mismatch)
+            errors.warn(f"{folder}: skipped, {fault}")
+        if not listed:
+            return None
+        return {"complaints": f"--resume_from_checkpoint latest: none in {self.folder} is whole; remove them first."}
+
+    def _named(self, which: str) -> Path:
+        """A path is that path; only a bare name is looked for in the output folder first."""
+        inside = self.folder / which
+        return inside if Path(which).name == which and inside.exists() else Path(which).expanduser()
+
+    def _fitting(self, folder: Path, allow_mismatch) -> dict:
+        manifest = manifests.read(folder)
+        words = allow_mismatch.split(",") if isinstance(allow_mismatch, str) else list(allow_mismatch or [])
+        allowed = {word.strip() for word in words}
+        earlier = manifest["identity"]
+        rows = [
+            (name, earlier.get(name), self.identity.get(name))
+            for name in sorted({*earlier, *self.identity})
+            if earlier.get(name) != self.identity.get(name)
+        ]
+        refused = [row for row in rows if row[0] not in allowed and "all" not in allowed]
+        for name, old, new in (row for row in rows if row not in refused):
+            errors.warn(f"{folder}: resumed although {name} was {old} and is now {new}")
+        if refused:
+            width = max(len(name) for name, _, _ in refused)
+            table = "".join(f"\n  {name:<{width}}  checkpoint: {old}  now: {new}" for name, old, new in refused)
+            names = ",".join(name for name, _, _ in refused)
+            return {
+                "complaints": f"{folder} belongs to another run:{table}\nUse the options of that run, another "
+                f"--output_dir, or --allow_resume_mismatch {names} if you know why."
+            }
+        return {"folder": str(folder), "step": manifest["step"]}
+
+
+def _save_entry(name: str, entry, folder: Path) -> None:
+    if isinstance(entry, torch.optim.lr_scheduler.LRScheduler):
+        return  # a function of the step
+    if isinstance(entry, tuple):
+        entry[0](folder)
+    else:
+        read = getattr(entry, "state_dict", None) or entry.state
+        nested.save(read(), folder / f"{name}.safetensors")
+
+
+def _load_entry(name: str, entry, folder: Path, step: int) -> None:
+    if isinstance(entry, torch.optim.lr_scheduler.LRScheduler):
+        with warnings.catch_warnings():  # it thinks that it was stepped before its optimizer
+            warnings.simplefilter("ignore")
+            entry.last_epoch = step - 1
+            entry.step()
+        return
+    if isinstance(entry, tuple):
+        entry[1](folder)
+        return
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        errors.refuse(f"{folder} holds no {name}.safetensors: it was saved with other options.")
+    state = nested.load(path)
+    if isinstance(entry, torch.optim.Optimizer):
+        for group, now in zip(state["param_groups"], entry.param_groups):
+            group.update({option: now[option] for option in OPTIONS if option in now})
+    restore = getattr(entry, "load_state_dict", None) or entry.restore
+    restore(state)
+
+
+def _several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _is_main() -> bool:
+    return not _several() or torch.distributed.get_rank() == 0
+
+
+def _from_main(value):
+    """The main process's value, in every process; also a barrier."""
+    if not _several():
+        return value
+    shared = [value]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    return shared[0]

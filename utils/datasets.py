@@ -1,0 +1,335 @@
+"""Folders and Hugging Face datasets => named examples => batches, in an order that is a pure function of the seed.
+
+One example stays one record from disk to loss: its picture, caption, sizes, crop, identity and whether it shows the
+class never travel in separate lists.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from utils import captions as caption_files
+from utils import errors, images, randomness
+
+REMEMBERED = 2**29  # bytes of resized pictures kept between visits, so that a photo is decoded once and not each epoch
+
+
+@dataclass(frozen=True)
+class Example:
+    source: Any  # whatever images.open_rgb takes
+    caption: str | tuple[str, ...]  # several: one is drawn at each visit
+    is_class: bool = False
+    key: str = ""  # short identity of the picture's content
+
+
+class Row:
+    """One picture of a Hugging Face dataset, read when it is asked for."""
+
+    def __init__(self, table, index: int, column: str):
+        self.table, self.index, self.column = table, index, column
+        self.name = f"row {index} of the dataset"
+
+    def __call__(self) -> dict:
+        return self.table[self.index][self.column]  # {"bytes", "path"}
+
+
+def folder(
+    path: str | os.PathLike | None,
+    prompt: str | None = None,  # for pictures without a caption of their own
+    captions: bool = True,  # False: every picture gets the prompt
+    is_class: bool = False,
+    caption_column: str | None = None,  # of metadata.jsonl or .csv
+    on_bad_image: str = "error",  # "skip": leave out what cannot be decoded
+    **words: str | None,  # identifier, class_noun: what placeholders in captions stand for
+) -> list[Example]:
+    """The pictures under a folder with their captions, sorted; [] when there is no folder to read."""
+    if path is None:
+        return []
+    found = images.list_images(path)
+    texts, complaints = [prompt or ""] * len(found), []
+    if captions:
+        texts, complaints = caption_files.read(path, found, prompt, caption_column, **words)
+    if complaints:
+        errors.refuse(complaints, errors.DATA)
+    bad = set()
+    if on_bad_image == "skip":
+        bad = {report.path for report in images.inspect(found) if report.problem}
+    examples = [_example(one, text, is_class) for one, text in zip(found, texts) if one not in bad]
+    if not examples:
+        errors.refuse(f"'{path}' holds no pictures that can be used")
+    return examples
+
+
+def pictures(paths: Iterable[str | os.PathLike], prompt: str, is_class: bool = False) -> list[Example]:
+    """Given files, all with one prompt: the class images that prior.fill returns."""
+    return [_example(path, prompt, is_class) for path in paths]
+
+
+def _example(path, caption, is_class: bool) -> Example:
+    digest = hashlib.blake2b(digest_size=8)
+    with open(path, "rb") as file:  # a picture replaced in place is another picture, also for a resumed run
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return Example(str(path), caption, is_class, digest.hexdigest())
+
+
+def hub(
+    name: str,
+    config: str | None = None,
+    split: str = "train",
+    image_column: str = "image",
+    caption_column: str | None = None,
+    prompt: str | None = None,  # without a caption column
+    cache_dir: str | None = None,
+    on_bad_image: str = "error",
+    **words: str | None,
+) -> list[Example]:
+    """A dataset of the hub or in a local folder. A plain folder of pictures goes the way of `folder`."""
+    if Path(name).is_dir() and config is None and images.list_images(name):
+        return folder(name, prompt, caption_column=caption_column, on_bad_image=on_bad_image, **words)
+    import datasets
+
+    try:
+        table = datasets.load_dataset(name, config, split=split, cache_dir=cache_dir)
+    except Exception as problem:  # the library raises many kinds: no such name, gated, offline, malformed files
+        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        errors.refuse(f"--dataset_name {name} cannot be read: {reason}")
+    for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
+        if column and column not in table.column_names:
+            errors.refuse(f"{option} {column}: {name} has only the columns {', '.join(table.column_names)}")
+    texts = table[caption_column] if caption_column else [prompt] * len(table)
+    # A column of plain text is no picture, even if it names files: a stranger's table may name any file of yours.
+    if not isinstance(table.features[image_column], datasets.Image):
+        errors.refuse(f"--image_column {image_column} of {name} holds no pictures: {table.features[image_column]}")
+    table = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    examples, complaints = [], []
+    for index, text in enumerate(texts):
+        text = tuple(text) if isinstance(text, (list, tuple)) and len(text) else text or prompt
+        if not text or not all(isinstance(one, str) for one in (text if isinstance(text, tuple) else [text])):
+            complaints.append(f"{name}, row {index}: no caption, and no --instance_prompt stands in")
+            text = ""
+        row = Row(table, index, image_column)
+        complaints += caption_files.unfilled([(f"{name}, row {index}", text)], **words)
+        examples.append(Example(row, caption_files.fill(text, **words), key=f"{table._fingerprint}-{index}"))
+    # All of them decoded now: one that cannot be would otherwise end the run at whatever step it is drawn.
+    reports = images.inspect([example.source for example in examples])
+    if on_bad_image == "error":
+        complaints += [
+            f"{name}, row {index}: {report.problem}" for index, report in enumerate(reports) if report.problem
+        ]
+    if complaints:
+        errors.refuse(complaints[:20], errors.DATA)
+    examples = [example for example, report in zip(examples, reports) if not report.problem]
+    if not examples:
+        errors.refuse(f"--dataset_name {name} holds no pictures that can be used")
+    return examples
+
+
+class DreamBooth(Dataset):
+    """Instance examples, each with a class example beside it when there are any.
+
+    Items are asked for by global position, any integer from 0 on, and the stream never ends: epoch after epoch each
+    shows every example once. dataset[position] is a list of one or two records with
+
+        pixels            (3, size, size) fp32 in [-1, 1]; or, once `latents` holds them,
+        latent_mean, latent_std  (channels, height, width) fp32
+        captions, keys    text
+        is_class          bool
+        ids               2 * position for the instance, 2 * position + 1 for the class: noise is drawn by it
+        original_size     (height, width) of the upright photo
+        crop_top_left     (top, left) of the crop in the resized (and mirrored) photo
+    """
+
+    def __init__(
+        self,
+        instance: Sequence[Example],
+        classes: Sequence[Example] = (),
+        size: int = 512,
+        center_crop: bool = False,
+        random_flip: bool = False,
+        interpolation: str = "lanczos",
+        seed: int = 0,
+        repeats: int = 1,  # how often an instance picture counts in an epoch
+        caption_dropout: float = 0.0,  # share of visits with an empty caption: what guidance compares with
+    ):
+        self.instance, self.classes = list(instance), list(classes)
+        self.size, self.center_crop, self.random_flip = size, center_crop, random_flip
+        self.interpolation, self.seed, self.repeats = interpolation, seed, repeats
+        self.caption_dropout = caption_dropout
+        self.latents = None  # cache.latents puts the posteriors here
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._remembered: dict[str, Any] = {}
+        self._room = REMEMBERED
+
+    @property
+    def examples(self) -> list[Example]:
+        return self.instance + self.classes
+
+    def captions(self) -> list[str]:
+        texts = [example.caption for example in self.examples]
+        texts += [""] if self.caption_dropout else []
+        return sorted({one for text in texts for one in ([text] if isinstance(text, str) else text)})
+
+    def fingerprint(self) -> str:
+        """Changes when a picture is added, removed, edited or renamed into another place, or a caption is edited."""
+        rows = [[example.key, example.caption, example.is_class] for example in self.examples]
+        return hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
+
+    def __len__(self) -> int:
+        return max(len(self.instance) * self.repeats, len(self.classes))
+
+    def __getitem__(self, position: int) -> list[dict]:
+        place = randomness.slot(self.seed, position, len(self.instance))
+        records = [self._record(self.instance[place], 2 * position)]
+        if self.classes:
+            place = randomness.slot(self.seed, position, len(self.classes), "class order")
+            records.append(self._record(self.classes[place], 2 * position + 1))
+        return records
+
+    def first_views(self, most: int) -> Iterator[tuple[Example, str, Any, tuple[int, int]]]:
+        """The first photos in their order, each as its first visit shows it: example, caption, the resized (and
+        mirrored) picture, (top, left) of the crop. Like every view a pure function: looking changes nothing."""
+        count = len(self.instance)
+        visits = {randomness.slot(self.seed, position, count): position for position in range(count)}
+        for place, example in enumerate(self.instance[:most]):
+            caption, flip, corner = self._view(example, 2 * visits[place])
+            yield example, caption, _mirrored(self._picture(example, remember=True), flip), corner
+
+    def _view(self, example: Example, number: int) -> tuple[str, bool, tuple[int, int]]:
+        """Which caption, whether mirrored, and (top, left) of the crop."""
+        caption = example.caption
+        if not isinstance(caption, str):
+            caption = randomness.rng(self.seed, "caption", number).choice(caption)
+        flip = self.random_flip and randomness.rng(self.seed, "flip", number).random() < 0.5
+        resized = images.resized_size(*self._size_of(example), self.size)
+        # With cached latents too: the place is then the only one possible.
+        rng = randomness.rng(self.seed, "crop", number)
+        return caption, flip, images.crop_place(*resized, self.size, self.center_crop, rng)
+
+    def _record(self, example: Example, number: int) -> dict:
+        caption, flip, place = self._view(example, number)
+        if self.caption_dropout and randomness.rng(self.seed, "dropout", number).random() < self.caption_dropout:
+            caption = ""
+        record = {
+            "captions": caption,
+            "keys": example.key,
+            "is_class": example.is_class,
+            "ids": number,
+            "original_size": self._size_of(example)[::-1],
+            "crop_top_left": place,
+        }
+        if self.latents is None:
+            return record | {"pixels": self.pixels(example, flip, place)}
+        mean, std = self.latents.get(example.key, flip)
+        return record | {"latent_mean": mean, "latent_std": std}
+
+    # Pictures
+
+    def varying_crops(self) -> bool:
+        """Whether a picture is seen through different crops; pictures that are square once resized never are."""
+        square = (self.size, self.size)
+        return not self.center_crop and any(
+            images.resized_size(*self._size_of(example), self.size) != square for example in self.examples
+        )
+
+    def pixels(self, example: Example, flip: bool, place: tuple[int, int] | None = None, remember: bool = True):
+        """The (3, size, size) crop at `place` (None: the centre) of a picture that is mirrored first."""
+        picture = _mirrored(self._picture(example, remember), flip)
+        top, left = place or images.crop_place(*picture.size, self.size, center=True)
+        return images.to_tensor(picture.crop((left, top, left + self.size, top + self.size)))
+
+    def forget(self) -> None:
+        """Lets go of the decoded pictures."""
+        self._remembered.clear()
+        self._room = REMEMBERED
+
+    def _size_of(self, example: Example) -> tuple[int, int]:
+        if example.key not in self._sizes:
+            self._sizes[example.key] = images.size_of(example.source)
+        return self._sizes[example.key]
+
+    def _picture(self, example: Example, remember: bool):
+        """Decoded and resized; remembered while there is room."""
+        if example.key in self._remembered:
+            return self._remembered[example.key]
+        try:
+            picture = images.open_rgb(example.source)
+        except images.BadImage:
+            time.sleep(0.5)  # a network drive may have blinked; the preflight has seen this file whole
+            picture = images.open_rgb(example.source)
+        picture = images.resize_shorter(picture, self.size, self.interpolation)
+        worker = get_worker_info()  # each worker process remembers for itself
+        needed = 3 * picture.width * picture.height * (worker.num_workers if worker else 1)
+        if remember and needed <= self._room:
+            self._room -= needed
+            self._remembered[example.key] = picture
+        return picture
+
+
+def _mirrored(picture, flip: bool):
+    from PIL import Image
+
+    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else picture
+
+
+def collate(items: Sequence[list[dict]]) -> dict:
+    """Items of DreamBooth => one batch, instance examples before class examples."""
+    records = sorted(itertools.chain.from_iterable(items), key=lambda record: record["is_class"])  # a stable sort
+    batch: dict[str, Any] = {}
+    for name in records[0]:
+        values = [record[name] for record in records]
+        if name in ("captions", "keys"):
+            batch[name] = values
+        elif isinstance(values[0], torch.Tensor):
+            batch[name] = torch.stack(values)
+        else:  # is_class bool (b,), ids int64 (b,), original_size and crop_top_left int64 (b, 2)
+            batch[name] = torch.tensor(values)
+    return batch
+
+
+@dataclass
+class Positions:
+    """The global positions that one rank visits, batch by batch, from `first_step` (0: the very first) on."""
+
+    batch_size: int
+    rank: int = 0
+    world: int = 1
+    accumulate: int = 1
+    first_step: int = 0
+
+    def __iter__(self):
+        shape = {"batch": self.batch_size, "world": self.world, "accumulate": self.accumulate}
+        for step in itertools.count(self.first_step):
+            for micro in range(self.accumulate):
+                yield list(randomness.positions(step, micro, self.rank, **shape))
+
+
+def loader(
+    dataset: Dataset,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    accumulate: int = 1,
+    first_step: int = 0,  # optimizer steps that are done already
+    workers: int = 0,
+) -> DataLoader:
+    """Endless batches of this rank. Every optimizer step has the same number of examples: no ragged last batch."""
+    workers = 0 if dataset.latents is not None else workers  # nothing is left to prepare
+    return DataLoader(
+        dataset,
+        batch_sampler=Positions(batch_size, rank, world, accumulate, first_step),
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or the loader would draw from the global one
+    )

@@ -1,0 +1,87 @@
+"""Averaged weights: smoother than any single step's, and what is saved and sampled under --use_ema."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+
+import torch
+
+
+class Average:
+    """An exponential moving average of some weights, of whole networks or adapters alike.
+
+    average <- d * average + (1 - d) * weight, with d = min(decay, (1 + n) / (10 + n)) at optimizer step n: a young
+    average forgets the untrained start quickly.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.Tensor] | Iterable[torch.Tensor],  # learns.named() or learns.parameters()
+        decay: float = 0.9999,
+        offload: bool = False,  # keep the averages in main memory: slower, and frees one copy on the device
+    ):
+        if not isinstance(parameters, Mapping):
+            parameters = {str(number): weight for number, weight in enumerate(parameters)}
+        self.names, self.weights = list(parameters), list(parameters.values())
+        self.decay, self._swapped = decay, False
+        self.averages = [w.detach().to("cpu" if offload else w.device, copy=True) for w in self.weights]
+
+    def decay_at(self, step: int) -> float:
+        return min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After optimizer step `step`, counted from 1: a function of the number, so a resumed run needs no counter."""
+        self._refuse_when_swapped("update")
+        weights = [w.detach().to(a.device) for w, a in zip(self.weights, self.averages)]  # copies only when offloaded
+        torch._foreach_lerp_(self.averages, weights, 1.0 - self.decay_at(step))  # one call for all weights
+
+    @contextmanager
+    def swapped(self):
+        """Inside, the networks hold the averages: to draw with them or to save them. Restored bit for bit after."""
+        self._refuse_when_swapped("swapped")
+        self._exchange()
+        self._swapped = True
+        try:
+            yield self
+        finally:
+            self._exchange()
+            self._swapped = False
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for weight, average in zip(self.weights, self.averages):  # one at a time: no third copy of the whole model
+            kept = weight.detach().to(average.device, copy=True)
+            weight.copy_(average)
+            average.copy_(kept)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Name -> average, for a safetensors file."""
+        self._refuse_when_swapped("state")
+        return dict(zip(self.names, self.averages))
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """The exact inverse of state."""
+        self._refuse_when_swapped("restore")
+        if set(state) != set(self.names):
+            odd = sorted(set(state) ^ set(self.names))
+            raise ValueError(f"these averages belong to other weights: {', '.join(odd[:3])} stand on one side only")
+        for name, average in zip(self.names, self.averages):
+            if state[name].shape != average.shape:
+                raise ValueError(f"{name} is {tuple(state[name].shape)}, expected {tuple(average.shape)}")
+            average.copy_(state[name])
+
+    def _refuse_when_swapped(self, what: str) -> None:
+        if self._swapped:
+            raise RuntimeError(f"{what}: the networks hold the averages just now")
+
+
+class NoAverage:
+    """Stands in where nothing is averaged, so that the scripts need no condition."""
+
+    def update(self, step: int) -> None:
+        pass
+
+    @contextmanager
+    def swapped(self):
+        yield self

@@ -1,0 +1,35 @@
+"""How a run says no: one sentence a problem, on stderr, and an exit code that a scheduler can act on."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+FAILED = 1  # something broke that no check foresaw
+OPTIONS = 2  # an option, a folder or a package: correct the command
+DATA = 3  # photos or captions that cannot be used
+DIVERGED = 4  # loss or gradients stopped being numbers
+STOPPED_UNFINISHED = 75  # saved, not finished (EX_TEMPFAIL): run the same command again
+INTERRUPTED = 130  # saved after SIGINT
+TERMINATED = 143  # saved after SIGTERM
+
+
+def refuse(message: str | Sequence[str], code: int = OPTIONS, once: bool = False) -> NoReturn:
+    """Print every complaint, then leave: a person should need one attempt, not one attempt a mistake.
+
+    `once`: every process on this machine comes to the same complaints, so one of them is enough to print them.
+    """
+    for line in [message] if isinstance(message, str) else message:
+        if not once or _first_here():
+            print(f"error: {line}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def warn(message: str) -> None:
+    """One line that a person should read although the run goes on; said once a machine, not once a process."""
+    if _first_here():
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def _first_here() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") in ("0", "-1")

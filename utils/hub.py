@@ -1,0 +1,265 @@
+"""The model card, and the way to the hub: by allow-list, retried, and never at the cost of the local result.
+
+A failed upload can be repeated at any time without the training script:
+
+    python -m utils.hub OUTPUT_DIR --hub_model_id NAME
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import sys
+import time
+from fnmatch import fnmatchcase
+from html import escape
+from pathlib import Path
+
+from utils import errors
+from utils.report import curves, gallery
+
+NOT_PUBLISHED = 6  # exit code: trained and saved, but not uploaded
+LORA_FILES = "pytorch_lora_weights*.safetensors"
+PARTS = ("unet", "text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2", "scheduler", "feature_extractor")
+PART_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+LICENSES = {"stable-diffusion": "creativeml-openrail-m", "stable-diffusion-xl": "openrail++"}  # of the base models
+WAITS = (2, 8, 30)  # seconds before the second, third and fourth attempt
+
+
+def card(
+    output_dir: str | Path,
+    *,
+    base_model: str,
+    kind: str,  # "dreambooth" or "text-to-image"
+    adapters: str | None = None,  # "lora" or "dora"; None when whole networks learned
+    family: str = "stable-diffusion",
+    prompt: str | None = None,  # the instance prompt
+    dataset: str | None = None,
+    facts: dict | None = None,  # what was trained: steps, loss, seed, rank, photos, ...
+    model_id: str | None = None,  # default: the folder's name
+    license: str | None = None,  # default: that of the family's base models
+) -> Path:
+    """Write README.md: what this is, what it draws, how it was made, how to load it."""
+    from huggingface_hub import ModelCardData
+
+    output_dir = Path(output_dir)
+    name = model_id or hub_name(output_dir)
+    samples = _samples(output_dir)
+    tags = ["text-to-image", "diffusers", "diffusers-training", *([adapters] if adapters else [])]
+    tags += [*(["dreambooth"] if kind == "dreambooth" else []), family, f"{family}-diffusers"]
+    more = {"instance_prompt": prompt} if prompt else {}
+    if samples:
+        more["widget"] = [{"text": text or prompt or "", "output": {"url": url}} for url, text in samples]
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="diffusers",
+        license=license or LICENSES.get(family, "other"),
+        pipeline_tag="text-to-image",
+        tags=tags,
+        datasets=[dataset] if dataset and re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) else None,
+        inference=True,
+        **more,
+    )
+    what = {"lora": "LoRA adapters for", "dora": "DoRA adapters for"}.get(adapters, "A fine-tuned version of")
+    how = "taught one subject with DreamBooth" if kind == "dreambooth" else "trained on captioned images"
+    parts = [f"# {escape(name)}", f"{what} {code(base_model)}, {how}."]
+    if prompt:
+        parts.append(f"Its subject answers to the prompt {code(prompt)}.")
+    if samples:
+        shown = [f"![sample {k + 1}]({url})" for k, (url, _) in enumerate(samples)]
+        texts = list(dict.fromkeys(text for _, text in samples if text))
+        parts += ["## Samples", " ".join(shown), "Drawn with " + ", ".join(map(code, texts)) + "." if texts else ""]
+    asked = (samples[0][1] if samples else None) or prompt or "a photo"
+    parts += ["## Use", _loading(name, base_model, adapters, asked)]
+    rows = {**(facts or {}), "versions": _versions()}
+    table = [f"| {cell(key)} | {cell(value)} |" for key, value in rows.items() if value is not None]
+    parts += ["## Training", "\n".join(["| | |", "|---|---|", *table])]
+    parts.append("Every option stands in `training_config.yaml`. The licence is that of the base model.")
+    text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
+    gallery.write_whole(output_dir / "README.md", text.encode())
+    return output_dir / "README.md"
+
+
+def code(text: str) -> str:
+    """Any text as a Markdown code span: nothing in it is markup, whatever it holds."""
+    text = " ".join(str(text).split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if fence != "`" else f"`{text}`"
+
+
+def cell(value) -> str:
+    """A value in a Markdown table, with every character that means something there disarmed."""
+    value = f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", escape(value, quote=False))
+
+
+def publish(
+    output_dir: str | Path,
+    model_id: str | None = None,  # default: the folder's name, under the user's own
+    private: bool = True,  # for a new repository; one that exists stays as it is
+    token: str | None = None,  # or env:NAME; default: HF_TOKEN or the login
+    waits: tuple = WAITS,
+) -> bool:
+    """Upload what `selected` names, in one commit. False when that failed, said on stderr with the way to repeat it."""
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub.utils import disable_progress_bars
+
+    if token and token.startswith("env:"):
+        token = os.environ.get(token.removeprefix("env:"))
+    token = token or get_token()
+    model_id = model_id or hub_name(Path(output_dir))
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    api = HfApi(token=token)
+    for wait in (*waits, None):
+        try:
+            repo = api.create_repo(model_id, private=private, exist_ok=True).repo_id
+            files = selected(Path(output_dir), token)
+            operations = [CommitOperationAdd(path, data) for path, data in files.items()]
+            done = api.create_commit(repo, operations, commit_message="Upload the result of a training run")
+            print(f"published {len(operations)} files: {done.repo_url}", flush=True)
+            return True
+        except Exception as problem:  # whatever it is: the result is on disk, and the run must end well
+            reason = _reason(problem, token)
+            if wait is None or not passing(problem):
+                break
+            errors.warn(f"upload failed ({reason}); once more in {wait} s")
+            time.sleep(wait)
+    again = f"python -m utils.hub {json.dumps(str(output_dir))} --hub_model_id {model_id}" + " --public" * (not private)
+    errors.warn(f"not published: {reason}. Everything is in {output_dir}. To try again: {again}")
+    return False
+
+
+def selected(output_dir: Path, token: str | None = None) -> dict[str, Path | bytes]:
+    """What goes to the hub, path there -> file or bytes: weights, card, settings, the newest samples. Nothing else."""
+    names = [*output_dir.glob(LORA_FILES), output_dir / "model_index.json"]
+    for part in PARTS:
+        names += [file for file in (output_dir / part).glob("*") if any(fnmatchcase(file.name, p) for p in PART_FILES)]
+    names += [output_dir / url for url, _ in _samples(output_dir)]
+    # No links: they could lead anywhere.
+    files = {
+        name.relative_to(output_dir).as_posix(): name
+        for name in sorted(names)
+        if name.is_file() and not name.is_symlink() and not name.parent.is_symlink()
+    }
+    if not any(name.endswith(".safetensors") for name in files):
+        raise ValueError(f"{output_dir} holds no weights")
+    for name, clean in (("README.md", _public_card), ("training_config.yaml", _public_settings)):
+        if (output_dir / name).is_file():
+            text = clean((output_dir / name).read_text(encoding="utf-8"))
+            files[name] = (text.replace(token, "hf_***") if token else text).encode()
+    return files
+
+
+def hub_name(output_dir: Path) -> str:
+    return re.sub(r"[^\w.-]+|--+|\.\.+", "-", output_dir.resolve().name, flags=re.ASCII).strip("-.")[:96] or "model"
+
+
+def is_local(name: str) -> bool:
+    return Path(name).is_absolute() or name.startswith(("~", ".")) or Path(name).exists()
+
+
+def passing(problem: Exception) -> bool:
+    """Worth another attempt: no answer, too many requests, or the hub's own trouble. A refusal is not."""
+    response = getattr(problem, "response", None)
+    if response is not None:
+        return response.status_code in (408, 429) or response.status_code >= 500
+    return isinstance(problem, OSError) or type(problem).__module__.split(".")[0].startswith(("httpx", "httpcore"))
+
+
+def _public_card(text: str) -> str:
+    """The card without this machine's folders: a base model that only exists here has no place on the hub."""
+    from huggingface_hub import ModelCard
+
+    made = ModelCard(text)
+    base = made.data.base_model
+    if isinstance(base, str) and is_local(base):
+        made.data.base_model = None
+        made.text = made.text.replace(base, Path(base).name)
+    return str(made)
+
+
+def _public_settings(text: str) -> str:
+    """The settings with folders by their last name only, and without anything called a token."""
+    import yaml
+
+    def clean(value):
+        if isinstance(value, list):
+            return [clean(each) for each in value]
+        return Path(value).name if isinstance(value, str) and value and is_local(value) else value
+
+    settings = yaml.safe_load(text) or {}
+    kept = {
+        name: clean(value) for name, value in settings.items() if "token" not in name or name.startswith("tokenizer")
+    }
+    return yaml.safe_dump(kept, allow_unicode=True, sort_keys=False)
+
+
+def _samples(output_dir: Path) -> list[tuple[str, str | None]]:
+    """The newest validation's pictures with their prompts.
+
+    Not those past the last step: a run that went back to an older checkpoint has not drawn them.
+    """
+    from PIL import Image
+
+    rows = curves.read_metrics(output_dir / "metrics.jsonl")
+    last = rows[-1]["step"] if rows else None
+    found = {step: files for step, files in gallery.sample_files(output_dir).items() if last is None or step <= last}
+    chosen = []
+    for _, path in sorted(found[max(found)].items()) if found else ():
+        with Image.open(path, formats=["PNG"]) as image:
+            chosen.append((path.relative_to(output_dir).as_posix(), gallery.png_settings(image).get("prompt")))
+    return chosen
+
+
+def _loading(name: str, base_model: str, adapters: str | None, prompt: str) -> str:
+    def literal(value):  # a Python string that cannot close the code block
+        return json.dumps(value).replace("`", "\\u0060")
+
+    lines = [
+        "```python",
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f"pipeline = DiffusionPipeline.from_pretrained({literal(base_model if adapters else name)},"
+        ' torch_dtype=torch.float16).to("cuda")',
+        *([f"pipeline.load_lora_weights({literal(name)})"] if adapters else []),
+        f"image = pipeline({literal(prompt)}, num_inference_steps=25).images[0]",
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+def _versions() -> str:
+    found = []
+    for name in ("torch", "diffusers", "transformers", "accelerate", "peft"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def _reason(problem: Exception, token: str | None) -> str:
+    """The first line of an error, without any token in it."""
+    line = (str(problem).strip().splitlines() or [type(problem).__name__])[0].strip()
+    line = line.replace(token, "hf_***") if token else line
+    return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", line)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m utils.hub", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("output_dir", type=Path, help="folder that a training script left")
+    parser.add_argument("--hub_model_id", help="repository (default: name of the folder)")
+    parser.add_argument("--public", action="store_true", help="make a new repository public")
+    args = parser.parse_args(argv)
+    if not args.output_dir.is_dir():
+        errors.refuse(f"{args.output_dir} is no folder")
+    return 0 if publish(args.output_dir, args.hub_model_id, private=not args.public) else NOT_PUBLISHED
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    raise SystemExit(main())

@@ -1,0 +1,94 @@
+"""What learns, when whole networks do. `adapters.Adapters` is its twin with the same methods.
+
+modules, parameters, named, groups, save, load, describe: that is all a script, a checkpoint or an average needs.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from utils import errors
+from utils.models import clip
+
+WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors"}
+WEIGHTS |= dict.fromkeys(("text_encoder", "text_encoder_2"), "model.safetensors")
+
+
+def full(family, text_encoder: bool = False) -> "Full":
+    """Let the UNet learn, and the text encoders if asked. Their weights are fp32, whatever the frozen rest is in."""
+    modules = {}
+    for name in ["unet", *(family.encoders if text_encoder else [])]:
+        module = getattr(family, name)
+        if module is None or any(p.dtype != torch.float32 for p in module.parameters()):
+            module = family.load_module(name, torch.float32)
+        modules[name] = module.requires_grad_(True).train()
+    return Full(modules)
+
+
+class Full:
+    """Every weight of some networks."""
+
+    def __init__(self, modules: dict[str, torch.nn.Module]):
+        self.modules = modules
+
+    def named(self) -> dict[str, torch.nn.Parameter]:
+        """Unique name -> weight, in an order that never changes."""
+        return {f"{name}.{key}": p for name, module in self.modules.items() for key, p in module.named_parameters()}
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return list(self.named().values())
+
+    def groups(self, learning_rate, text_encoder_lr=None, weight_decay=0.01, text_encoder_weight_decay=None) -> list:
+        return groups(self.named(), learning_rate, text_encoder_lr, weight_decay, text_encoder_weight_decay)
+
+    def describe(self) -> dict:
+        return {"method": "full", "modules": sorted(self.modules)}
+
+    def save(self, folder: str | Path) -> None:
+        """A folder for each network, as in a pipeline: `from_pretrained(..., subfolder="unet")` reads it."""
+        for name, module in self.modules.items():
+            # One file however large: load() below reads it by name.
+            module.save_pretrained(Path(folder, name), safe_serialization=True, max_shard_size="1TB")
+            if name.startswith("text_encoder"):
+                clip.with_prefix(Path(folder, name, WEIGHTS[name]))
+
+    def load(self, folder: str | Path) -> None:
+        """The exact inverse of save, in place: optimizers and wrappers keep pointing at the same weights."""
+        for name, module in self.modules.items():
+            file = Path(folder, name, WEIGHTS[name])
+            targets = module.state_dict()  # shares memory with the weights, so filling it fills them
+            if name.startswith("text_encoder") and not any(key.startswith("text_model.") for key in targets):
+                targets = {f"text_model.{key}": target for key, target in targets.items()}
+            copy_from(file, targets)
+
+
+def groups(named, learning_rate, text_encoder_lr=None, weight_decay=0.01, text_encoder_weight_decay=None) -> list[dict]:
+    """Optimizer groups: text encoders (names starting so) may have a rate and a decay of their own."""
+    made = []
+    for text in (False, True):
+        params = [p for name, p in named.items() if name.startswith("text_encoder") == text]
+        rate = text_encoder_lr if text and text_encoder_lr is not None else learning_rate
+        decay = text_encoder_weight_decay if text and text_encoder_weight_decay is not None else weight_decay
+        if params:
+            name = "text_encoder" if text else "unet"
+            made.append({"params": params, "lr": rate, "weight_decay": decay, "name": name})
+    return made
+
+
+@torch.no_grad()
+def copy_from(file: str | Path, targets: dict[str, torch.Tensor]) -> None:
+    """Fill `targets` from a safetensors file that must hold exactly them, by name and shape; nothing is guessed."""
+    with safe_open(str(file), framework="pt") as stored:
+        there = set(stored.keys())
+        wrong = [f"missing {key}" for key in targets.keys() - there]
+        wrong += [f"unexpected {key}" for key in there - targets.keys()]
+        for key in there & targets.keys():
+            shape = tuple(stored.get_slice(key).get_shape())
+            if shape != tuple(targets[key].shape):
+                wrong.append(f"{key} is {shape}, expected {tuple(targets[key].shape)}")
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            errors.refuse(f"{file} does not fit what this run trains: {'; '.join(sorted(wrong)[:3])}{more}")
+        for key, target in targets.items():
+            target.copy_(stored.get_tensor(key))

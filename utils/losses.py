@@ -1,0 +1,43 @@
+"""From predictions to one number: an error per example, weighted, grouped into instance and class, then averaged.
+
+Nothing here selects rows by a mask, because that would make the processor wait for the device at every step.
+"""
+
+import torch
+
+
+def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each example, in fp32 at least whatever the networks computed in."""
+    if prediction.shape[1] == 2 * target.shape[1]:
+        prediction = prediction.chunk(2, dim=1)[0]  # DeepFloyd IF also predicts a variance, which is not trained
+    if prediction.shape != target.shape:
+        # Broadcasting would turn a mismatch into a plausible number.
+        raise ValueError(f"prediction {tuple(prediction.shape)} does not match target {tuple(target.shape)}")
+    precise = torch.promote_types(prediction.dtype, torch.float32)
+    return (prediction.to(precise) - target.to(precise)).square().flatten(1).mean(dim=1)  # (b, ...) -> (b,)
+
+
+def average(error: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over examples of weight * error; the weights are not normalised (they are part of the objective)."""
+    return (error if weight is None else error * weight).mean()
+
+
+def dreambooth(
+    error: torch.Tensor,  # (b,)
+    weight: torch.Tensor,  # (b,)
+    is_class: torch.Tensor,  # (b,) bool
+    prior_weight: float = 1.0,
+    weigh_class: bool = False,  # the timestep weight is meant for the subject; True applies it to class images too
+) -> torch.Tensor:
+    """mean(instance) + prior_weight * mean(class): Ruiz et al. 2022, DreamBooth, equation 2.
+
+    A batch without class images has no second term.
+    """
+    weighted = error * weight
+    instance = _mean_where(weighted, ~is_class)
+    prior = _mean_where(weighted if weigh_class else error, is_class)
+    return instance + prior_weight * prior
+
+
+def _mean_where(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    return torch.where(chosen, values, 0).sum() / chosen.sum().clamp(min=1)

@@ -1,0 +1,345 @@
+"""What Stable Diffusion and Stable Diffusion XL have in common: CLIP text and a UNet on the latents of a VAE.
+
+A family says which text encoders it has, how they are heard, and what its UNet and pipeline are called with.
+"""
+
+import copy
+import os
+import types
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from utils import errors, models
+from utils.models import clip
+
+# A bar for every network that is read would bury the one that counts.
+transformers_logging.disable_progress_bar()
+diffusers.utils.logging.disable_progress_bar()
+
+UNET_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")  # the attention projections
+ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+ON_DEVICE = 256 * 2**20  # bytes of cached prompts kept beside the model; a larger table stays in main memory
+
+
+class LatentDiffusion:
+    """One model's networks, and how to feed, call, sample and save them.
+
+    `unet`, `vae` and the text encoders are always the plain modules. What prepares them for training (DDP,
+    torch.compile) hands its wrapper to `use`; only the training forward goes through it, so no wrapper reaches a file
+    or pipeline.
+    """
+
+    label = ""  # its name in model cards
+    encoders = types.MappingProxyType({})  # text encoder -> its class
+    tokenizers = ("tokenizer",)  # one for each encoder
+    pipeline_class, pipeline_options = DiffusionPipeline, types.MappingProxyType({})
+
+    def __init__(self, name: str, revision: str | None = None, variant: str | None = None):
+        self.name, self.revision, self.variant = name, revision, variant
+        self.path = os.path.expanduser(models.resolve(name))
+        self.names = ("unet", *self.encoders, "vae")
+        self.lora_targets = {"unet": UNET_TARGETS} | dict.fromkeys(self.encoders, ENCODER_TARGETS)
+        for part in (*self.names, *self.tokenizers, "scheduler", "own_scheduler"):
+            setattr(self, part, None)
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self._vae_source = self._tokenizer_source = None
+        self._wrapped = {}  # name -> what the training forward calls instead of the plain module
+        self._prompts = {}  # text -> {"text": (77, c), ...}, where every text was encoded once
+        self._warned = set()
+
+    # --- Loading -----------------------------------------------------------------------------------------------
+
+    def load(
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        tokenizer: str | None = None,  # --tokenizer_name: another folder or hub name
+        vae: str | None = None,  # --pretrained_vae_model_name_or_path: another folder or hub name
+        parts: Sequence[str] | None = None,  # which of the networks; None: all
+        prediction_type: str | None = None,  # instead of the one the model's scheduler names
+    ) -> None:
+        """Read the networks, frozen, in evaluation mode and in `dtype`. What is to learn is raised to fp32 later."""
+        self.device, self.dtype = torch.device(device), dtype
+        self._vae_source, self._tokenizer_source = vae and models.resolve(vae), tokenizer
+        kind = models.read_index(self.name, self.revision)["scheduler"][1]
+        self.own_scheduler = self._read(getattr(diffusers, kind), "scheduler", weights=False)
+        if prediction_type:
+            self.own_scheduler.register_to_config(prediction_type=prediction_type)
+        self.scheduler = DDPMScheduler.from_config(self.own_scheduler.config)
+        for part in self.tokenizers:
+            setattr(self, part, self._read_tokenizer(part))
+        for name in self.names if parts is None else parts:
+            self.load_module(name, dtype)
+
+    def load_module(self, name: str, dtype: torch.dtype) -> torch.nn.Module:
+        """(Re)read one network. Full training calls it for fp32: raising rounded half-precision weights loses bits."""
+        setattr(self, name, None)  # before the new one is read: never two copies in memory
+        setattr(self, name, self._read_module(name, dtype).to(self.device).eval().requires_grad_(False))
+        return getattr(self, name)
+
+    def _read_module(self, name: str, dtype: torch.dtype) -> torch.nn.Module:
+        if name in self.encoders:
+            return self._read(self.encoders[name], name, dtype=dtype)
+        if name == "vae":
+            return self._read_vae(dtype)
+        unet = self._read(UNet2DConditionModel, name, torch_dtype=dtype)
+        if unet.config.in_channels != unet.config.out_channels:
+            errors.refuse(
+                f"--pretrained_model_name_or_path {self.name}: its UNet takes {unet.config.in_channels} channels, "
+                "so it is an in-painting or depth model; give the plain text-to-image model"
+            )
+        return unet
+
+    def _read_vae(self, dtype: torch.dtype) -> AutoencoderKL:
+        if self._vae_source:
+            try:  # a VAE of its own, or the one inside a whole pipeline
+                return AutoencoderKL.from_pretrained(self._vae_source, torch_dtype=dtype, use_safetensors=True)
+            except OSError:
+                return self._read(AutoencoderKL, "vae", source=self._vae_source, torch_dtype=dtype)
+        return self._read(AutoencoderKL, "vae", torch_dtype=dtype)
+
+    def _read(self, cls, folder: str, source: str | None = None, weights: bool = True, **options):
+        if weights:
+            options |= {"use_safetensors": True, "variant": self.variant if source is None else None}
+        if source is None:
+            options["revision"] = self.revision
+        try:
+            return cls.from_pretrained(source or self.path, subfolder=folder, **options)
+        except (OSError, ValueError) as problem:
+            errors.refuse(
+                f"{source or self.name}: cannot read its {folder} ({str(problem).strip().splitlines()[0]}); "
+                "weights must be safetensors" + (f", variant {self.variant}" if self.variant else "")
+            )
+
+    def _read_tokenizer(self, part: str) -> CLIPTokenizer:
+        if self._tokenizer_source:
+            tokenizer = CLIPTokenizer.from_pretrained(self._tokenizer_source)
+        else:
+            tokenizer = self._read(CLIPTokenizer, part, weights=False)
+        if tokenizer.model_max_length > 10**6:  # a folder without tokenizer_config.json says 1e30
+            tokenizer.model_max_length = 77
+        return tokenizer
+
+    # --- What the family knows about itself --------------------------------------------------------------------
+
+    @property
+    def latent_channels(self) -> int:
+        return self.unet.config.in_channels
+
+    @property
+    def shrinking(self) -> int:
+        """Pixels of a picture's side that one latent stands for."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def resolution_default(self) -> int:
+        return self.unet.config.sample_size * self.shrinking
+
+    @property
+    def prompt_limit(self) -> int:
+        """Tokens a prompt may have, begin and end marks included."""
+        return self.tokenizer.model_max_length
+
+    @property
+    def trainable(self) -> dict[str, torch.nn.Module]:
+        """The modules with at least one weight that learns."""
+        found = {name: getattr(self, name) for name in self.names}
+        return {n: m for n, m in found.items() if m is not None and any(p.requires_grad for p in m.parameters())}
+
+    # --- Preparing for training --------------------------------------------------------------------------------
+
+    def configure(self, gradient_checkpointing: bool = False, xformers: bool = False) -> None:
+        """Switches that trade time for memory. After it is settled what learns, before anything is wrapped."""
+        if gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()  # non-reentrant: adapters alone may need gradients
+            for name in self.encoders.keys() & self.trainable.keys():  # a frozen one keeps no activations anyway
+                clip.enable_text_checkpointing(getattr(self, name))
+        if xformers:
+            clip.enable_xformers(self.unet, self.device)
+
+    def use(self, name: str, wrapped) -> None:
+        """Let the training forward of `name` go through a wrapper of the plain module (DDP, torch.compile)."""
+        self._wrapped[name] = wrapped
+
+    def _called(self, name: str):
+        """The wrapper for training; without gradients the plain module, since processes may then differ in what they
+        draw, and a DDP forward that not all of them make would hang."""
+        plain = getattr(self, name)
+        return self._wrapped.get(name, plain) if torch.is_grad_enabled() else plain
+
+    # --- Images ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels in [-1, 1] (b, 3, H, W) => mean and std of the VAE's posterior, each (b, 4, H/8, W/8), fp32."""
+        if self.vae.encoder is None:
+            raise RuntimeError("the VAE's encoder was released: every image should have been cached by then")
+        weight = self.vae.encoder.conv_in.weight
+        encoded = self.vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist
+        return encoded.mean.float(), encoded.std.float()
+
+    def latents(self, batch: dict, draws) -> torch.Tensor:
+        """Pixels, or their cached posterior => a fresh sample of the latents the UNet works on (b, 4, h, w), fp32."""
+        if "latent_mean" in batch:
+            mean, std = batch["latent_mean"].float(), batch["latent_std"].float()
+        else:
+            mean, std = self.posterior(batch["pixels"])
+        noise = draws.normal("posterior", tuple(mean.shape[1:])).to(mean.device)
+        sample = mean + std * noise
+        config = self.vae.config
+        if config.latents_mean is not None and config.latents_std is not None:
+            shift, width = (
+                torch.tensor(values, device=mean.device).view(1, -1, 1, 1)
+                for values in (config.latents_mean, config.latents_std)
+            )
+            return (sample - shift) / width * config.scaling_factor
+        return sample * config.scaling_factor
+
+    def release_image_encoder(self) -> None:
+        """Free the half of the VAE that is not needed once all latents are cached; the decoder stays for samples."""
+        self.vae.encoder = self.vae.quant_conv = None
+        clip.collect()
+
+    # --- Prompts -----------------------------------------------------------------------------------------------
+
+    def encode_prompts(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Prompts => {"text": (b, 77, c), ...}, with gradients where grad mode and the encoders allow."""
+        for text in texts:
+            self._warn_when_cut(text)
+            if any(getattr(self, name) is None for name in self.encoders):
+                raise RuntimeError(f"the text encoder was released before this prompt was encoded: {text!r}")
+        return self._hear(list(texts))
+
+    def _hear(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        """What the encoders make of prompts; each family listens in its own way."""
+        raise NotImplementedError
+
+    def _tokens(self, texts: list[str], tokenizer: str = "tokenizer"):
+        """ids and attention mask, (b, 77) each."""
+        return getattr(self, tokenizer)(
+            texts, padding="max_length", max_length=self.prompt_limit, truncation=True, return_tensors="pt"
+        ).to(self.device)
+
+    def count_tokens(self, text: str) -> int:
+        """Begin and end marks included, to be compared with `prompt_limit`."""
+        return len(self.tokenizer(text, truncation=False, verbose=False).input_ids)
+
+    def cut_text(self, text: str) -> str:
+        """The end of a prompt that the encoder will not see, or ''."""
+        ids = self.tokenizer(text, truncation=False, verbose=False).input_ids
+        # The last place that is read belongs to the end mark, so the text stops one token earlier.
+        return self.tokenizer.decode(ids[self.prompt_limit - 1 : -1]).strip() if len(ids) > self.prompt_limit else ""
+
+    def _warn_when_cut(self, text: str) -> None:
+        if text not in self._warned and len(text) > self.prompt_limit // 2:  # shorter texts cannot be too long
+            self._warned.add(text)
+            if cut := self.cut_text(text):
+                errors.warn(f"a prompt is longer than {self.prompt_limit} tokens; the model will not see: {cut!r}")
+
+    @torch.no_grad()
+    def cache_prompts(self, texts: Iterable[str], release: bool = True, batch_size: int = 16) -> None:
+        """Run the frozen text encoders once for every distinct prompt (and the empty one), then let go of them."""
+        if self.encoders.keys() & self.trainable.keys():
+            raise ValueError("the text encoder learns: its embeddings change and cannot be cached")
+        new = sorted({"", *texts} - self._prompts.keys())
+        for start in range(0, len(new), batch_size):
+            chunk = new[start : start + batch_size]
+            encoded = self.encode_prompts(chunk)
+            for k, text in enumerate(chunk):  # rows of their own, so that no prompt keeps its whole batch alive
+                self._prompts[text] = {name: rows[k].clone() for name, rows in encoded.items()}
+        if len(self._prompts) * sum(row.nbytes for row in self._prompts[""].values()) > ON_DEVICE:
+            for rows in self._prompts.values():
+                rows.update({name: row.cpu() for name, row in rows.items()})
+        if release:
+            for name in self.encoders:
+                setattr(self, name, None)
+                self._wrapped.pop(name, None)
+            clip.collect()
+
+    def _encoded(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """{"text": (b, 77, c), ...} from the cache, else from the encoders."""
+        if not all(text in self._prompts for text in texts):
+            return self.encode_prompts(texts)
+        names = self._prompts[texts[0]]
+        return {name: torch.stack([self._prompts[text][name] for text in texts]).to(self.device) for name in names}
+
+    def condition(self, batch: dict) -> dict[str, torch.Tensor]:
+        """What the UNet listens to besides the noisy latents: {"text": (b, 77, c), ...}."""
+        encoders = {name: getattr(self, name) for name in self.encoders}
+        if any(name in self._wrapped or (module and module.training) for name, module in encoders.items()):
+            return self.encode_prompts(batch["captions"])  # they learn
+        with torch.no_grad():
+            return self._encoded(batch["captions"])
+
+    # --- The training forward ----------------------------------------------------------------------------------
+
+    def predict(self, inputs: torch.Tensor, timesteps: torch.Tensor, condition: dict) -> torch.Tensor:
+        """Noisy latents (b, 4, h, w), t (b,) => what the model predicts (b, 4, h, w): noise or velocity, fp32."""
+        dtype = self.unet.conv_in.weight.dtype  # a half-precision base needs half-precision inputs outside autocast
+        text, more = condition["text"].to(dtype), self._more_conditions(condition)
+        return self._called("unet")(inputs.to(dtype), timesteps, text, **more, return_dict=False)[0].float()
+
+    def _more_conditions(self, condition: dict) -> dict:
+        """What a family's UNet takes besides text."""
+        return {}
+
+    # --- Sampling and saving -----------------------------------------------------------------------------------
+
+    def pipeline(self, scheduler=None) -> DiffusionPipeline:
+        """The stock pipeline around the modules in memory, the model's own scheduler unless another is given.
+
+        Its text encoders are None once they were released: give `sampling_prompts(...)` to the call. After
+        mixed-precision training call it under autocast: what learns is fp32, the frozen rest is not.
+        """
+        parts = {part: getattr(self, part) for part in (*self.names, *self.tokenizers)}
+        scheduler = scheduler or copy.deepcopy(self.own_scheduler)
+        pipeline = self.pipeline_class(**parts, scheduler=scheduler, **self.pipeline_options)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    @torch.no_grad()
+    def sampling_prompts(self, prompts: Sequence[str], negative: Sequence[str] | str = "") -> dict[str, torch.Tensor]:
+        """Keyword arguments for a pipeline call, from the cache where the encoders are frozen."""
+        negative = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+        dtype = self.unet.conv_in.weight.dtype
+        found = {}
+        for sign, words in (("", self._encoded(prompts)), ("negative_", self._not_wanted(negative))):
+            for name, kind in (("text", "prompt_embeds"), ("pooled", "pooled_prompt_embeds")):
+                if name in words:
+                    found[sign + kind] = words[name].to(dtype)
+        return found
+
+    def _not_wanted(self, negative: list[str]) -> dict[str, torch.Tensor]:
+        return self._encoded(negative)
+
+    def pipeline_from_disk(self, dtype: torch.dtype) -> DiffusionPipeline:
+        """The untouched base model on its own, e.g. for drawing class images before anything is loaded."""
+        return self.pipeline_class.from_pretrained(
+            self.path,
+            revision=self.revision,
+            variant=self.variant,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            **{name: value for name, value in self.pipeline_options.items() if name != "feature_extractor"},
+        )
+
+    def save_pipeline(self, folder: str | Path, skip_text_encoder: bool = False) -> None:
+        """A stock pipeline folder: what learned from memory, the frozen rest from disk again in full precision."""
+        learned = self.trainable
+        whole = copy.copy(self)
+        for name in self.names:
+            setattr(whole, name, learned.get(name) or self._read_module(name, torch.float32))
+        if skip_text_encoder:
+            for name in self.encoders:
+                setattr(whole, name, None)
+        whole.pipeline().save_pretrained(folder, safe_serialization=True)
+        for name in self.encoders if not skip_text_encoder else ():
+            clip.with_prefix(Path(folder, name, "model.safetensors"))
+        for part in self.tokenizers:
+            clip.save_vocabulary(Path(folder, part))

@@ -1,0 +1,99 @@
+"""Whether the base model is there and whole, told in one sentence from names, JSON and file headers alone."""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from utils import models
+from utils.preflight import plan, remote
+
+PARTS = (*plan.NETWORKS, "tokenizer", "tokenizer_2", "scheduler")
+
+
+def find(args: argparse.Namespace) -> tuple[Path | None, str | None]:
+    """(the pipeline's folder, here or in the hub's cache, or None; a complaint or None)."""
+    name = models.resolve(args.pretrained_model_name_or_path)
+    folder, problem = Path(name), None
+    if folder.is_file():
+        problem = (
+            "is a single file; a pipeline folder is needed: load it once with"
+            " StableDiffusionPipeline.from_single_file and save it with save_pretrained"
+        )
+    elif folder.is_dir():
+        problem = _incomplete(folder, args)
+    else:
+        folder, problem = _from_hub(name, args.revision)
+        if folder and remote.offline():  # what the cache lacks cannot be fetched later
+            problem = _incomplete(folder, args)
+    if problem:
+        return None, f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} {problem}"
+    return folder, None
+
+
+def _incomplete(folder: Path, args: argparse.Namespace) -> str | None:
+    """What a pipeline folder lacks."""
+    if not (folder / "model_index.json").is_file():
+        return "is a folder without model_index.json, so it is no diffusers pipeline"
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        kind = index.get("_class_name")
+    except (ValueError, AttributeError) as problem:
+        return f"has a model_index.json that cannot be read: {problem}"
+    if kind not in models.FAMILIES:
+        return f"is a {kind}: {models.LATER.get(kind, 'this script trains ' + ', '.join(models.FAMILIES))}"
+    given = {"vae": args.pretrained_vae_model_name_or_path, "tokenizer": args.tokenizer_name}  # from elsewhere
+    named = [name for name, value in index.items() if isinstance(value, list) and value[0]]
+    wanted = [name for name in named if name in PARTS and not given.get(name)]
+    missing = [f"{name}/" for name in wanted if not (folder / name).is_dir()]
+    if missing:
+        return f"lacks {', '.join(missing)}: the copy is incomplete, download or save it again"
+    complaints = [_no_weights(folder / name, args.variant) for name in wanted if name in plan.NETWORKS]
+    return next((complaint for complaint in complaints if complaint), None)
+
+
+def _no_weights(network: Path, variant: str | None) -> str | None:
+    try:
+        if plan.shapes(network, variant):
+            return None
+    except ValueError as problem:
+        return f"cannot be loaded: {problem}; download or save it again"
+    files = sorted(path.name for path in network.iterdir())
+    variants = sorted({m["variant"] for m in map(plan.WEIGHTS.fullmatch, files) if m and m["variant"]})
+    if variants and not variant:
+        return f"has weights of {network.name} only as variant {', '.join(variants)}; add --variant {variants[0]}"
+    if variant:
+        return f"has no weights of {network.name} as variant {variant}; leave --variant out or name another"
+    if any(re.search(r"\.(bin|ckpt|pt)$", file) for file in files):
+        return f"has weights of {network.name} only as a pickle, which can run code; save them as safetensors"
+    return f"has no weights in {network.name}/: the copy is incomplete, download or save it again"
+
+
+def _from_hub(name: str, revision: str | None) -> tuple[Path | None, str | None]:
+    """(snapshot folder in the cache, None) or (None, what is wrong with the name)."""
+    if not remote.REPOSITORY.fullmatch(name) or name.startswith("."):
+        return None, "does not exist here, and is no hub name of the form owner/model"
+    from huggingface_hub import errors as hub_errors
+    from huggingface_hub import hf_hub_download
+
+    unknown = "is no folder here, not in the cache, and the hub cannot be reached; download it or name a folder"
+    try:  # a cached model needs no network
+        return Path(hf_hub_download(name, "model_index.json", revision=revision, local_files_only=True)).parent, None
+    except (hub_errors.LocalEntryNotFoundError, hub_errors.HFValidationError):
+        if remote.offline() or not remote.reachable():
+            return None, unknown
+    try:
+        return Path(hf_hub_download(name, "model_index.json", revision=revision)).parent, None
+    except hub_errors.GatedRepoError:
+        return None, f"is gated: accept its terms on https://huggingface.co/{name}, then log in with: hf auth login"
+    except hub_errors.RevisionNotFoundError:
+        return None, f"has no revision {revision}; leave --revision out or name a branch, tag or commit"
+    except hub_errors.RepositoryNotFoundError:
+        return None, "is neither a folder here nor a model on the hub; if it is private, log in with: hf auth login"
+    except hub_errors.LocalEntryNotFoundError:  # before its parent, EntryNotFoundError
+        return None, unknown
+    except hub_errors.EntryNotFoundError:
+        return None, "is on the hub but has no model_index.json, so it is no diffusers pipeline"
+    except Exception as problem:  # no network in one of its many shapes
+        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        return None, f"is no folder here and could not be asked for on the hub: {reason}"

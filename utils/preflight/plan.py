@@ -1,0 +1,176 @@
+"""What a run would take, told before it takes it: sizes read from the headers of the weight files, nothing loaded."""
+
+import argparse
+import json
+import math
+import os
+import re
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# A stored network: its optional variant (fp16) and shard number stand between name and ending.
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.safetensors")
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+LORA_TARGETS = {
+    "unet": ("to_k", "to_q", "to_v", "to_out.0"),
+    "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "text_encoder_2": ("q_proj", "k_proj", "v_proj", "out_proj"),
+}
+# Bytes of optimizer state a parameter. Adafactor keeps a row and a column a matrix, Prodigy Adam's two and two more.
+STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 0.1, "sgd": 4, "lion": 4}
+
+
+@dataclass
+class Plan:
+    """Counts of parameters, of steps and of bytes. None: not known before something is downloaded."""
+
+    networks: dict[str, int] = field(default_factory=dict)  # parameters of each network
+    learns: dict[str, int] = field(default_factory=dict)  # parameters that learn in each
+    examples: int | None = None  # in an epoch
+    examples_per_step: int = 1
+    steps: int | None = None
+    epochs: float | None = None
+    checkpoints: int | None = None  # that will stay on disk
+    checkpoint_bytes: int = 0
+    result_bytes: int = 0
+    memory: dict[str, int] = field(default_factory=dict)  # what holds it -> bytes
+
+
+def outline(args: argparse.Namespace, model: Path | None, photos: int | None, class_images: int = 0) -> Plan:
+    """`model`: the pipeline's folder, None when it is still on the hub; `photos`: None when a dataset holds them."""
+    plan = Plan(examples_per_step=args.train_batch_size * args.gradient_accumulation_steps * _processes())
+    _length(plan, args, photos, class_images)
+    stored = {name: shapes(model / name, args.variant) for name in NETWORKS} if model else {}
+    plan.networks = {name: sum(map(math.prod, found.values())) for name, found in stored.items() if found}
+    if "unet" not in plan.networks:  # a hub model that is downloaded in part
+        plan.networks = {}
+        return plan
+    adapters = "rank" in args
+    encoders = [name for name in plan.networks if name.startswith("text_encoder")] if args.train_text_encoder else []
+    for name in ["unet", *encoders]:
+        plan.learns[name] = _adapter_size(stored[name], name, args) if adapters else plan.networks.get(name, 0)
+    _memory_and_disk(plan, args, adapters)
+    return plan
+
+
+def shapes(folder: Path, variant: str | None = None) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every stored weight of a network: the file's header, a few kilobytes, says them."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        match = WEIGHTS.fullmatch(file.name)
+        if match and match["variant"] == variant:
+            entries = _header(file)
+            found |= {name: tuple(entry["shape"]) for name, entry in entries.items() if name != "__metadata__"}
+    return found
+
+
+def _header(file: Path) -> dict:
+    """The table of contents of a safetensors file; ValueError where the file is cut short or is something else."""
+    try:
+        with file.open("rb") as opened:
+            length = struct.unpack("<Q", opened.read(8))[0]
+            entries = json.loads(opened.read(min(length, 100_000_000)))
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+    except (struct.error, ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"'{file}' is damaged: it is no safetensors file") from None
+    expected, found = 8 + length + max(ends, default=0), file.stat().st_size
+    if found != expected:
+        raise ValueError(f"'{file}' is damaged: {found} bytes, its header says {expected}")
+    return entries
+
+
+def _processes() -> int:
+    return max(1, int(os.environ.get("WORLD_SIZE") or 1))
+
+
+def _length(plan: Plan, args, photos: int | None, class_images: int) -> None:
+    if photos:
+        plan.examples = max(photos * args.repeats, class_images)
+    if args.max_train_steps:
+        plan.steps = args.max_train_steps
+    elif plan.examples:
+        plan.steps = math.ceil(args.num_train_epochs * plan.examples / plan.examples_per_step)
+    if plan.steps and plan.examples:
+        plan.epochs = plan.steps * plan.examples_per_step / plan.examples
+    if plan.steps:
+        every = args.checkpointing_steps or plan.steps
+        plan.checkpoints = min(max(1, plan.steps // every), args.checkpoints_total_limit or plan.steps)
+
+
+def _adapter_size(stored: dict, name: str, args) -> int:
+    given = _matching(stored, args.lora_target_modules, args)
+    return given or _matching(stored, LORA_TARGETS[name], args)  # names that fit the other network leave this one alone
+
+
+def _matching(stored: dict, targets, args) -> int:
+    """Parameters of the adapters beside all layers whose names end in one of `targets`."""
+    total = 0
+    for weight, shape in stored.items():
+        layer = weight.removesuffix(".weight")
+        if layer != weight and len(shape) > 1 and any(layer == t or layer.endswith(f".{t}") for t in targets):
+            outputs, inputs = shape[0], math.prod(shape[1:])
+            total += args.rank * (inputs + outputs) + (outputs if args.use_dora else 0)
+    return total
+
+
+def _memory_and_disk(plan: Plan, args, adapters: bool) -> None:
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
+    frozen = 4 if precision == "no" else 2  # bytes a parameter
+    learning = sum(plan.learns.values())
+    for name, count in plan.networks.items():
+        whole_learns = not adapters and name in plan.learns
+        plan.memory[name] = count * (4 if whole_learns else frozen)
+    if adapters:
+        plan.memory["adapters"] = 4 * learning
+    plan.memory["gradients"] = 4 * learning
+    plan.memory["optimizer"] = int(STATE_BYTES[args.optimizer] * learning)
+    if args.use_ema:
+        plan.memory["average"] = 4 * learning
+    plan.checkpoint_bytes = 4 * learning + plan.memory["optimizer"] + plan.memory.get("average", 0)
+    plan.result_bytes = 4 * learning if adapters else sum(plan.memory[name] for name in plan.networks)
+
+
+def lines(plan: Plan, args: argparse.Namespace) -> list[str]:
+    """The plan as a person reads it."""
+    said = [f"model     {args.pretrained_model_name_or_path}: " + (_counts(plan.networks) or "not downloaded yet")]
+    how = f"{'DoRA' if args.use_dora else 'LoRA'} of rank {args.rank}" if "rank" in args else "all weights"
+    said.append(f"learns    {how}" + (f": {_counts(plan.learns)}" if plan.learns else ""))
+    if plan.examples:
+        pixels = f"{args.resolution} px" if args.resolution else "the model's own size"
+        said.append(f"data      {plan.examples} examples an epoch, {pixels}")
+    batch = f"{args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x {_processes()} processes"
+    length = f"{plan.steps} steps" if plan.steps else f"{args.num_train_epochs} epochs"
+    epochs = f", {plan.epochs:.1f} epochs" if plan.epochs else ""
+    said.append(f"length    {length} of {plan.examples_per_step} examples ({batch}){epochs}")
+    if plan.memory:
+        total = size(sum(plan.memory.values()))
+        said.append(f"memory    at least {total}, activations come on top:")
+        said += [f"          {name:<16}{size(count):>10}" for name, count in plan.memory.items()]
+        if not args.train_text_encoder:
+            said.append("          text encoders leave once the prompts are encoded")
+        kept = f"{plan.checkpoints or 'some'} checkpoints of {size(plan.checkpoint_bytes)}"
+        said.append(f"disk      {size(plan.result_bytes)} for the result, {kept}")
+    weights = (
+        "pytorch_lora_weights.safetensors" if "rank" in args else "a pipeline folder (model_index.json, unet/, ...)"
+    )
+    said.append(
+        f"writes    {args.output_dir}/: {weights}, training_config.yaml, metrics.jsonl, report.html, README.md,"
+    )
+    said.append("          checkpoint-N/" + (", samples/" if args.validation_prompt else ""))
+    return said
+
+
+def size(count: float) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"
+
+
+def _counts(parameters: dict[str, int]) -> str:
+    return ", ".join(f"{name} {_millions(count)}" for name, count in parameters.items())
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"

@@ -1,0 +1,167 @@
+"""Class images: what the untouched model draws for the class prompt, so that training can hold on to it.
+
+The folder's owner comes first: pictures found there are used and never touched. What is missing is drawn, image k
+always from the seed of k, whatever the batch size or number of processes, and a stopped run goes on where it was.
+"""
+
+import gc
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from utils import errors, images, randomness
+
+SIDECAR = "class_images.json"
+STEPS = 25  # of DPM-Solver++, which needs half of what the default solvers do
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def fill(
+    run,
+    family,
+    folder: str | os.PathLike,
+    *,
+    prompt: str,
+    count: int,
+    batch_size: int = 4,
+    guidance: float = 7.5,  # as pipelines draw; less is closer to all that the model knows of the class
+    precision: str | None = None,  # no, fp32, fp16, bf16; None or "no": fp16 on a GPU, fp32 elsewhere
+    resolution: int | None = None,  # of training; images are drawn at the model's own size or this, if it is larger
+) -> list[Path]:
+    """=> exactly `count` pictures for training, the owner's before ours; fewer only when a signal stopped us."""
+    folder = Path(folder).expanduser()
+    record = _record(folder)
+    mine, ours = _found(run, folder, record)
+    mine = mine[:count]
+    # A name that the owner uses, even for a broken file, is not ours to write to.
+    taken = {path.name for path in folder.glob("class-*")} - record.get("images", {}).keys()
+    names = (name for name in map("class-{:05d}.png".format, range(count + len(taken))) if name not in taken)
+    wanted = {name: folder / name for name, _ in zip(names, range(count - len(mine)))}
+    identity = {"prompt": prompt, "model": family.name, "revision": family.revision, "guidance_scale": guidance}
+    if wanted and ours:
+        _refuse_strangers(folder, record, identity, len(ours))
+    missing = [name for name in wanted if name not in ours]
+    run.accelerator.wait_for_everyone()  # every rank has looked before one of them writes
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        with run.phase("class images"):
+            seeds = {name: randomness.seed_of(run.seed, "class", _number(name)) for name in missing}
+            if run.is_main:
+                kept = {name: seed for name, seed in record.get("images", {}).items() if name in ours}
+                _write(folder, identity | {"steps": STEPS, "images": dict(sorted((kept | seeds).items()))})
+                run.say(f"drawing {len(missing)} class images into '{folder}' ({len(mine)} found there are yours)")
+            run.accelerator.wait_for_everyone()  # what is ours is written down before the first of it exists
+            share = {name: seeds[name] for name in missing[run.rank :: run.world]}
+            if share:
+                _draw(run, family, folder, prompt, share, batch_size, guidance, precision, resolution, len(missing))
+            run.accelerator.wait_for_everyone()
+    chosen = mine + [path for path in wanted.values() if path.is_file()]
+    if len(chosen) < count and not run.stopping:
+        errors.refuse(
+            f"--class_data_dir '{folder}' has {len(chosen)} of {count} class images after drawing: "
+            "all processes must see the same folder",
+            errors.FAILED,
+        )
+    return chosen
+
+
+def _number(name: str) -> int:
+    return int(Path(name).stem.removeprefix("class-"))
+
+
+def _record(folder: Path) -> dict:
+    """The sidecar: which prompt and model drew the images here, and each one's seed."""
+    path = folder / SIDECAR
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record.get("images"), dict):
+            raise ValueError("it lists no images")
+        return record
+    except (OSError, ValueError, AttributeError) as problem:
+        errors.refuse(f"'{path}' cannot be read ({problem}): choose another --class_data_dir", errors.DATA)
+
+
+def _found(run, folder: Path, record: dict) -> tuple[list[Path], set[str]]:
+    """=> (the owner's usable pictures, names of usable ones that we drew)"""
+    mine, ours = [], set()
+    for report in images.inspect(images.list_images(folder)):
+        drawn = report.path.parent == folder and report.path.name in record.get("images", {})
+        if report.problem and run.is_main:
+            errors.warn(f"'{report.path}' {report.problem}; " + ("drawn again" if drawn else "not used"))
+        if not report.problem and drawn:
+            ours.add(report.path.name)
+        elif not report.problem:
+            mine.append(report.path)
+    return mine, ours
+
+
+def _refuse_strangers(folder: Path, record: dict, identity: dict, count: int) -> None:
+    """Images of another prompt would teach something else under this one's name."""
+    for field, new in identity.items():
+        old = record.get(field)
+        if old != new:
+            errors.refuse(
+                f"--class_data_dir '{folder}' holds {count} images drawn for {field} {old!r}, and this run has "
+                f"{new!r}: choose another --class_data_dir, or delete class-*.png and {SIDECAR} there"
+            )
+
+
+def _write(folder: Path, record: dict) -> None:
+    temporary = folder / f".{SIDECAR}.tmp"
+    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(temporary, folder / SIDECAR)
+
+
+def _draw(
+    run, family, folder, prompt, share: dict[str, int], batch_size, guidance, precision, resolution, total
+) -> None:
+    """Draws {file name: seed}, this process's share of `total`; each file is complete or absent."""
+    if precision in (None, "no"):
+        precision = "fp16" if run.device.type in ("cuda", "xpu", "mps") else "fp32"
+    pipeline = family.pipeline_from_disk(PRECISIONS[precision]).to(run.device)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = _fast_solver(pipeline.scheduler)
+    native = _native_size(pipeline)
+    size = {"height": resolution, "width": resolution} if native and resolution and resolution > native else {}
+    todo = list(share.items())
+    with torch.no_grad():
+        for start in range(0, len(todo), batch_size):
+            if run.stopping:
+                break
+            names, seeds = zip(*todo[start : start + batch_size])
+            # On the CPU, so that one seed means one image on every machine.
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            drawn = pipeline(
+                prompt=[prompt] * len(names),
+                generator=generators,
+                num_inference_steps=STEPS,
+                guidance_scale=guidance,
+                **size,
+            ).images
+            for name, picture in zip(names, drawn, strict=True):
+                temporary = folder / f".{name}.tmp"  # hidden; what a kill leaves is overwritten by the next run
+                picture.save(temporary, "PNG")
+                os.replace(temporary, folder / name)
+            run.say(f"class images: {min(run.world * (start + batch_size), total)}/{total}")
+    del pipeline
+    gc.collect()
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _fast_solver(scheduler):
+    from diffusers import DPMSolverMultistepScheduler
+
+    learned = getattr(scheduler.config, "variance_type", None) in ("learned", "learned_range")
+    options = {"variance_type": "fixed_small"} if learned else {}
+    return DPMSolverMultistepScheduler.from_config(scheduler.config, **options)
+
+
+def _native_size(pipeline) -> int | None:
+    """Pixels a side that the pipeline draws when no size is given."""
+    size = pipeline.unet.config.sample_size
+    return size * getattr(pipeline, "vae_scale_factor", 1) if isinstance(size, int) else None

@@ -1,0 +1,321 @@
+"""Everything around the training step: processes, precision, counting, stopping, telling.
+
+A script's loop stays visible; what would repeat in every loop is here. `run.steps` counts optimizer steps,
+`run.backward` ends one, and `run.due`, `run.log` act only after a step that was completed.
+"""
+
+import atexit
+import contextlib
+import math
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from utils import errors, randomness
+from utils.runtime import guard, progress, signals, startup, trackers
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+_current = None  # the run of this process: a notebook starts several, one after the other
+
+
+def start(
+    output_dir,
+    *,
+    seed: int | None = None,  # None: that of the resumed run, else a new one, which is printed and saved
+    mixed_precision: str | None = None,  # None: what `accelerate launch` or its config says
+    accumulate: int = 1,  # micro batches in an optimizer step
+    report_to: str | list[str] | None = None,  # trackers: tensorboard, wandb, ..., all; None or "none": no tracker
+    logging_dir: str = "logs",  # inside output_dir
+    project: str = "diffusion-fine-tuning",
+    config: dict | None = None,  # every option, written to training_config.yaml
+    allow_tf32: bool = False,
+    deterministic: bool = False,
+    on_nan: str = "stop",  # or "skip": leave out optimizer steps whose gradients are not finite
+    max_minutes: float | None = None,
+    resuming: bool = False,
+    compile: bool = False,  # also on when accelerate's own dynamo settings ask for it
+    log_every: int = 1,  # optimizer steps between lines of metrics.jsonl
+) -> "Run":
+    global _current
+    if _current is not None:
+        _current.close()
+    startup.quiet()
+    stop = signals.Stop(max_minutes)
+    accelerator = startup.accelerator(mixed_precision, accumulate, report_to, Path(output_dir), logging_dir, compile)
+    startup.refuse_lost_processes(accelerator.num_processes)
+    startup.settle_arithmetic(allow_tf32, deterministic)
+    run = Run(accelerator, Path(output_dir), stop, accumulate=accumulate, on_nan=on_nan, log_every=log_every)
+    run.resuming, run.config, run.trackers = resuming, dict(config or {}), trackers.Trackers(accelerator, project)
+    run.open(seed)
+    _current = run
+    stop.install()
+    return run
+
+
+class Run:
+    """One training run in one process; `start` makes it."""
+
+    def __init__(self, accelerator, output_dir: Path, stop, *, accumulate=1, on_nan="stop", log_every=1):
+        self.accelerator, self.output_dir, self.stop = accelerator, output_dir, stop
+        self.accumulation, self.log_every = accumulate, log_every
+        self.device, self.rank, self.world = accelerator.device, accelerator.process_index, accelerator.num_processes
+        self.is_main = accelerator.is_main_process
+        self.dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)  # of weights that do not learn
+        self.seed, self.resuming, self.config = None, False, {}
+        self.step = 0  # optimizer steps that are completed
+        self.total = None  # None until training begins
+        self.clock, self.metrics = progress.Clock(), progress.Metrics(output_dir)
+        self.session = {"began": time.strftime("%Y-%m-%d %H:%M:%S")}
+        self.trackers = trackers.Trackers(accelerator, "")
+        self.lock = startup.FolderLock(output_dir)
+        self.guard = guard.Guard(output_dir, on_nan, self.is_main, self.world)
+        self._agreed = 0  # the exit code that all processes agreed to stop with
+        self._wrapped, self._parameters = {}, None  # modules as prepared; (learns, its parameters)
+        self._loss, self._examples = None, []  # of the optimizer step under way
+        self.told = {}  # loss, gradient norm, learning rate, seconds of the last completed step
+        self._line = None
+
+    # Beginning and end
+
+    def open(self, seed: int | None) -> None:
+        """The main process takes the folder and settles the seed; what it found holds for all."""
+        found = {}
+        if self.is_main:
+            try:
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+                if owner := self.lock.take():
+                    found["problem"] = f"{owner} is training in it. Choose another folder, or wait for its end."
+                else:
+                    found["seed"] = startup.settle_seed(seed, self.output_dir, self.resuming)
+            except OSError as problem:
+                found["problem"] = f"cannot be written: {problem.strerror}."
+        if self.world > 1:
+            shared = [found]
+            torch.distributed.broadcast_object_list(shared, src=0)
+            found = shared[0]
+        if "problem" in found:
+            if self.is_main:
+                errors.refuse(f"--output_dir {self.output_dir}: {found['problem']}")
+            raise SystemExit(errors.OPTIONS)
+        self.seed = found["seed"]
+        if "seed" in self.config or seed is None:
+            self.config["seed"] = self.seed
+        if self.is_main and not self.resuming:  # when resuming, only after the checkpoint was found to fit
+            startup.write_settings(self.output_dir, self.config)
+        atexit.register(self.close)
+
+    def finish(self) -> int:
+        """Call at the end, or when `stopping` and the checkpoint is written. Leaves with the code of an early stop."""
+        stopped = self.stopping
+        code = (self._agreed or self.stop.code) if stopped else 0
+        if stopped and self.total is not None:
+            self.say(
+                f"stopped after step {self.step} of {self.total}; run the same command with "
+                "--resume_from_checkpoint latest to go on"
+            )
+        self.close()
+        if code:
+            raise SystemExit(code)
+        return code
+
+    def close(self) -> None:
+        global _current
+        if _current is self:
+            _current = None
+        atexit.unregister(self.close)
+        if self._line:
+            self._line.clear()
+        if self.lock is None:
+            return
+        if self.is_main:
+            with contextlib.suppress(OSError):  # a full disk
+                self.write_timings()
+        self.metrics.close()
+        self.trackers.close()
+        self.accelerator.state.destroy_process_group()
+        self.stop.restore()
+        self.lock.release()
+        self.lock = None
+
+    def say(self, text: str) -> None:
+        """One line, from the main process only."""
+        if self.is_main:
+            if self._line:
+                self._line.clear()
+            print(text, flush=True)
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    # Stopping
+
+    @property
+    def interrupted(self) -> bool:
+        """This process was asked to stop: long phases look here and break off. Others may not know of it yet."""
+        return self.stop.requested()
+
+    @property
+    def stopping(self) -> bool:
+        """The run ends early, and all processes know it. After the last step there is nothing left to stop."""
+        if self.total is not None and self.step >= self.total:
+            return False
+        return bool(self._agreed) or ((self.world == 1 or self.total is None) and self.interrupted)
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        """A long piece of work outside the steps. Before training, a stop that came in it ends the run after it."""
+        if self._line:
+            self._line.clear()
+        with self.clock.phase(name):
+            yield
+        if self.total is None and self.interrupted:
+            self.say(f"stopped during {name}")
+            self.finish()
+
+    @property
+    def phases(self) -> dict[str, float]:
+        return self.clock.phases  # name -> seconds
+
+    def write_timings(self) -> None:
+        """timings.json: one entry a session, this one so far."""
+        told = {**self.session, "last_step": self.step, **self.clock.summary(self.device)}
+        progress.write_timings(self.output_dir, told, self.resuming)
+
+    # Training
+
+    def prepare(self, family, learns, optimizer):
+        """Only what learns is wrapped (precision, several processes, compilation); data and schedule are ours."""
+        *wrapped, optimizer = self.accelerator.prepare(*learns.modules.values(), optimizer)
+        self._wrapped = dict(zip(learns.modules, wrapped))
+        for name, module in self._wrapped.items():
+            family.use(name, module)
+        return optimizer
+
+    @property
+    def scaler(self):
+        """The fp16 loss scale, None otherwise: part of what a checkpoint must hold."""
+        return self.accelerator.scaler
+
+    def steps(self, loader, first_step: int, total: int):
+        """(step, batch) for every micro batch after `first_step` completed steps; step counts from 1."""
+        self._begin(first_step, total)
+        batches = iter(loader)
+        with contextlib.suppress(KeyboardInterrupt):  # only where our handlers could not be installed
+            while self.step < total and not self.stopping:
+                step = self.step + 1
+                self._loss, self._examples = None, []
+                for micro in range(self.accumulation):
+                    batch = next(batches, None)
+                    if batch is None:
+                        raise RuntimeError("the data ended before the training: the loader must be endless")
+                    # Identities stay behind: noise is drawn by them here, and fetching them back would wait.
+                    batch = {name: v if name == "ids" else self._to_device(v) for name, v in batch.items()}
+                    self._examples.append({name: batch.get(name) for name in ("ids", "keys")})
+                    randomness.seed_step(self.seed, step - 1, micro, self.rank)
+                    yield step, batch
+                if self.step != step:
+                    raise RuntimeError("run.backward was not called for every batch")
+            return
+        self.stop.reason = self.stop.reason or "SIGINT"
+
+    def _begin(self, first_step: int, total: int) -> None:
+        self.step, self.total = first_step, total
+        self.accelerator.step = 0  # a loop that was broken off in a notebook may have left it in mid-step
+        self.session["first_step"] = first_step
+        if self.is_main:
+            if self.resuming:
+                startup.write_settings(self.output_dir, self.config)
+            self.metrics.open(first_step)
+            self._line = progress.Line(first_step, total, self.device)
+        self.trackers.start(self.config)
+        if first_step >= total:
+            self.say(f"already complete: {first_step} steps are done, {total} were asked for")
+        self.clock.begin()
+
+    def _to_device(self, value):
+        return value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+    def accumulate(self, learns):
+        """Around forward and backward: processes exchange gradients in the last micro batch of a step only."""
+        return self.accelerator.accumulate(*self._wrapped.values())
+
+    def backward(self, loss, learns, optimizer, schedule=None, *, max_norm: float | None = 1.0, **facts) -> None:
+        """Backward; in the last micro batch also guard, clip, step, schedule and zero.
+
+        The one moment per optimizer step at which the host waits for the device: loss, gradient norm and the wish
+        to stop are fetched together. `facts` (timesteps, error per example) are looked at only if the guard fires.
+        """
+        self.accelerator.backward(loss)  # divides by the accumulation steps
+        part = loss.detach().float() / self.accumulation
+        self._loss = part if self._loss is None else self._loss + part
+        if facts and self._examples:
+            self._examples[-1] |= facts
+        if not self.accelerator.sync_gradients:
+            return
+        if self._parameters is None or self._parameters[0] is not learns:
+            self._parameters = (learns, list(learns.parameters()))
+        parameters = self._parameters[1]
+        if self.scaler is not None:
+            self.scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
+        norm = guard.gradient_norm(parameters)
+        loss, size, self._agreed = self._agree(self._loss, norm)
+        lr = float(optimizer.param_groups[0]["lr"])
+
+        stepped = self.guard.allows(self.step + 1, loss, size, self.scaler is not None, self._examples)
+        if stepped and max_norm and size > max_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        if stepped:
+            optimizer.step()
+        elif self.scaler is not None:
+            self.scaler.update()  # to a lower scale
+        if schedule is not None:
+            with warnings.catch_warnings():  # its complaint about a first step that was left out
+                if not stepped:
+                    warnings.simplefilter("ignore")
+                schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        self._complete(loss, size, lr, stepped)
+
+    def _agree(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float, int]:
+        """Mean loss, gradient norm (equal everywhere: gradients were averaged) and the highest stop code."""
+        code = self.stop.code if self.interrupted else 0
+        if self.world == 1:
+            loss, norm = torch.stack([loss, norm.float()]).tolist()
+            return loss, norm, code
+        own = torch.stack([loss, norm.float(), torch.full_like(loss, code)])
+        everyone = [torch.empty_like(own) for _ in range(self.world)]
+        torch.distributed.all_gather(everyone, own)
+        rows = torch.stack(everyone).tolist()
+        return math.fsum(row[0] for row in rows) / self.world, rows[0][1], int(max(row[2] for row in rows))
+
+    def _complete(self, loss: float, norm: float, lr: float, stepped: bool) -> None:
+        seconds = self.clock.step()
+        self.step += 1
+        self.told = {"loss": loss, "grad_norm": norm, "lr": lr, "seconds": round(seconds, 5)}
+        if not stepped:
+            self.told["skipped"] = 1
+        if self._line:
+            self._line.step(self.step, loss, seconds, lr)
+
+    # Telling
+
+    def due(self, step: int, every: int | None) -> bool:
+        """After every `every`-th optimizer step that was completed; None or 0: never."""
+        return bool(every) and step == self.step and step % every == 0
+
+    def log(self, step: int, **values) -> None:
+        """Writes loss, grad_norm, lr, seconds and `values` (numbers or one-number tensors) of a completed step."""
+        if not self.is_main or step != self.step or (step % self.log_every and step != self.total):
+            return
+        told = {**self.told, **{name: float(value) for name, value in values.items() if value is not None}}
+        self.metrics.write(step, told)
+        self.trackers.log(told, step)
+
+    def log_images(self, step: int, images: dict[str, list]) -> None:
+        """name -> PIL images, for the trackers that show pictures."""
+        self.trackers.start(self.config)
+        self.trackers.log_images(images, step)

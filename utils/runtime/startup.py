@@ -1,0 +1,257 @@
+"""Settled before a run starts: how many processes, what arithmetic, whose folder, which seed, what may be told."""
+
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import socket
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from utils import errors
+from utils.runtime import signals
+
+SETTINGS = "training_config.yaml"
+LOCK = ".run.lock"
+# `token`, `hub_token`, but neither `tokenizer_name` nor `token_abstraction`.
+SECRET_NAMES = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|credentials?)$", re.IGNORECASE)
+SECRET_VALUES = re.compile(r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bwandb_v1_\w+")
+SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")
+
+
+def quiet() -> None:
+    """Libraries tell their story to their authors; a person who trains wants to see the training."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer warns in each loader process otherwise
+    os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
+    for name in ("bitsandbytes", "accelerate", "torch.distributed", "diffusers", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*torch.utils._pytree.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(diffusers|transformers|accelerate|peft)\..*")
+
+
+def accelerator(mixed_precision, accumulate, report_to, output_dir, logging_dir, compile):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        GradientAccumulationPlugin,
+        InitProcessGroupKwargs,
+        ProjectConfiguration,
+    )
+
+    for engine, variable in (("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"), ("FSDP", "ACCELERATE_USE_FSDP")):
+        if os.environ.get(variable, "").lower() in ("true", "1", "yes"):
+            errors.refuse(  # it would step by itself, or shard what only the main process saves
+                f"accelerate is set to {engine}, which these scripts do not support yet; use accelerate_configs/"
+                "multi_gpu.yaml, and to save memory --gradient_checkpointing --use_8bit_adam"
+            )
+    # A second run in one process (a notebook) may have another precision.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    GradientState._reset_state()
+    try:
+        made = Accelerator(
+            mixed_precision=mixed_precision,
+            # As a plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS would overrule the plain argument.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate, sync_with_dataloader=False),
+            log_with=tracker_names(report_to) or None,
+            project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / logging_dir)),
+            dynamo_backend="inductor" if compile else None,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+                # One process draws class images or saves while the others wait.
+                InitProcessGroupKwargs(backend=None, timeout=timedelta(hours=2)),
+            ],
+        )
+    except ValueError as problem:
+        errors.refuse(f"accelerate refuses these settings: {problem}")
+    if made.mixed_precision == "fp16" and made.device.type == "cpu":
+        errors.refuse("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no.")
+    return made
+
+
+def settle_arithmetic(allow_tf32: bool, deterministic: bool) -> None:
+    torch.set_float32_matmul_precision("high" if allow_tf32 and not deterministic else "highest")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def tracker_names(report_to: str | list[str] | None) -> list[str]:
+    """`tensorboard`, `wandb,tensorboard`, `all`, or none."""
+    entries = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    return [name for entry in entries for name in entry.replace(" ", "").split(",") if name not in ("none", "")]
+
+
+def refuse_lost_processes(world: int) -> None:
+    """Two ways to start several processes end in one, or in several that do not know of each other."""
+    if world > 1:
+        return
+    script = "torchrun --nproc_per_node {count} SCRIPT ..."
+    count = int(os.environ.get("WORLD_SIZE") or _mpi_size() or 1)
+    if count > 1:
+        if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) != "0":
+            raise SystemExit(errors.OPTIONS)  # rank 0 says it
+        errors.refuse(
+            f"{count} processes were started, but without a GPU they do not find each other: each would train alone "
+            f"into the same folder. Start them with: ACCELERATE_USE_CPU=true {script.format(count=count)}"
+        )
+    count = _launched_alone(signals.launcher_words())
+    if count > 1:
+        errors.refuse(
+            f"accelerate launch was asked for {count} processes and started one. On CPUs start them with: "
+            f"ACCELERATE_USE_CPU=true {script.format(count=count)}; on {count} GPUs with: "
+            f"accelerate launch --multi_gpu --num_processes {count} SCRIPT ..."
+        )
+
+
+def _mpi_size() -> int:
+    return max(int(os.environ.get(name) or 0) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))
+
+
+def _launched_alone(words: list[str]) -> int:
+    """How many processes `accelerate launch` was told to start, by its command line or else by its traces."""
+    for place, word in enumerate(words):
+        name, _, value = word.replace("-", "_").partition("=")
+        if name == "__num_processes":
+            value = value or (words[place + 1] if place + 1 < len(words) else "")
+            return int(value) if value.isdigit() else 1
+    # From a config file: the one-process launcher sets a meeting point only if it was asked for several processes.
+    met = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and "RANK" not in os.environ
+    return 2 if words and met else 1
+
+
+class FolderLock:
+    """At most one run in a folder. The kernel drops the lock with the process: a killed run leaves nothing behind."""
+
+    def __init__(self, folder: Path):
+        self.path, self.handle = Path(folder) / LOCK, None
+
+    def take(self) -> str | None:
+        """None, or who holds the folder."""
+        try:
+            import fcntl
+        except ImportError:  # Windows: nothing to lock with
+            return None
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(handle, 4096)
+            os.close(handle)
+            return self._told(owner)
+        except OSError as problem:  # some network mounts cannot lock
+            os.close(handle)
+            errors.warn(f"{self.path.parent}: cannot be locked ({problem}); do not start a second run in it.")
+            return None
+        self.handle = handle
+        # A loader's worker must not keep the folder locked after its parent was killed.
+        os.register_at_fork(after_in_child=self._forget)
+        note = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.ftruncate(handle, 0)
+        os.write(handle, json.dumps(note).encode())
+        return None
+
+    def release(self) -> None:
+        """The file stays: to delete it would let a third run lock a new file while a second holds the old one."""
+        if self.handle is not None:
+            import fcntl
+
+            os.ftruncate(self.handle, 0)
+            # Said aloud: a worker that was forked just now may still hold a copy of the handle.
+            fcntl.flock(self.handle, fcntl.LOCK_UN)
+            self._forget()
+
+    def _forget(self) -> None:
+        if self.handle is not None:
+            os.close(self.handle)
+            self.handle = None
+
+    @staticmethod
+    def _told(owner: bytes) -> str:
+        try:
+            note = json.loads(owner)
+            return f"process {note['pid']} on {note['host']}, started {note['started']}"
+        except (ValueError, KeyError, TypeError):
+            return "another process"
+
+
+def settle_seed(seed: int | None, folder: Path, resuming: bool) -> int:
+    """The seed of the command, else that of the run being resumed, else a new one (said and written, so repeatable)."""
+    if seed is not None:
+        return int(seed)
+    if resuming:
+        import yaml
+
+        try:
+            earlier = yaml.safe_load((Path(folder) / SETTINGS).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            earlier = None
+        if isinstance(earlier, dict) and isinstance(earlier.get("seed"), int):
+            return earlier["seed"]
+    seed = secrets.randbelow(2**31)
+    print(f"seed {seed} (drawn; --seed {seed} repeats this run)", flush=True)
+    return seed
+
+
+def write_settings(folder: Path, config: dict) -> None:
+    """Every option, without secrets; usable as --config."""
+    import yaml
+
+    text = yaml.safe_dump(redact(config), sort_keys=False, allow_unicode=True)
+    write_whole(Path(folder) / SETTINGS, text)
+
+
+def redact(config: dict) -> dict:
+    """Drops what is named like a secret and blots out what looks like one."""
+    kept = {}
+    for name, value in config.items():
+        if SECRET_NAMES.search(str(name)) and not isinstance(value, bool | int | float):
+            continue
+        kept[name] = _plain(value)
+    return kept
+
+
+def without_secrets(text: str) -> str:
+    text = SECRET_VALUES.sub("[secret]", text)
+    for name in SECRET_VARIABLES:
+        if len(secret := os.environ.get(name, "")) >= 8:
+            text = text.replace(secret, "[secret]")
+    return text
+
+
+def _plain(value):
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return redact(value)
+    return value if value is None or isinstance(value, bool | int | float) else without_secrets(str(value))
+
+
+def for_trackers(config: dict) -> dict:
+    """Trackers take flat words and numbers only; the home folder's name is nobody's business."""
+    home = os.path.expanduser("~")
+    flat = {}
+    for name, value in redact(config).items():
+        if not isinstance(value, bool | int) and not (isinstance(value, float) and math.isfinite(value)):
+            value = str(value)
+            if len(home) > 1:
+                value = value.replace(home, "~")
+        flat[str(name)] = value
+    return flat
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A reader finds the old file or the new one, never half of one."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    staged.write_text(text, encoding="utf-8")
+    os.replace(staged, path)

@@ -1,0 +1,54 @@
+"""TensorBoard, Weights & Biases and their like, through accelerate. A failing tracker costs a warning."""
+
+import contextlib
+
+from utils import errors
+from utils.runtime import startup
+
+
+class Trackers:
+    def __init__(self, accelerator, project: str):
+        self.accelerator, self.project = accelerator, project
+        self.active, self.started = [], False
+
+    def start(self, config: dict) -> None:
+        """Once, when there is something to tell: a run that fails before it leaves no trace there."""
+        if self.accelerator.log_with and self.accelerator.is_main_process and not self.started:
+            self.started = True
+            with self._trouble("trackers"):
+                self.accelerator.init_trackers(self.project, config=startup.for_trackers(config))
+                self.active = list(self.accelerator.trackers)
+
+    def log(self, values: dict, step: int) -> None:
+        for tracker in list(self.active):
+            with self._trouble(tracker.name, tracker):
+                tracker.log(values, step=step)
+
+    def log_images(self, images: dict[str, list], step: int) -> None:
+        """name -> PIL images of one size."""
+        for tracker in list(self.active):
+            with self._trouble(tracker.name, tracker):
+                if tracker.name == "tensorboard":
+                    import numpy
+
+                    for name, pictures in images.items():
+                        stack = numpy.stack([numpy.asarray(picture.convert("RGB")) for picture in pictures])
+                        tracker.writer.add_images(name, stack, global_step=step, dataformats="NHWC")
+                    tracker.writer.flush()
+                elif hasattr(tracker, "log_images"):
+                    tracker.log_images(images, step=step)
+
+    def close(self) -> None:
+        for tracker in self.active:
+            with self._trouble(tracker.name):
+                tracker.finish()
+        self.active = []
+
+    @contextlib.contextmanager
+    def _trouble(self, name: str, tracker=None):
+        try:
+            yield
+        except Exception as problem:
+            if tracker in self.active:
+                self.active.remove(tracker)
+            errors.warn(f"--report_to {name}: {startup.without_secrets(str(problem))}; training goes on without it.")

@@ -1,0 +1,230 @@
+"""What a training script left behind, recognised on disk without loading it: LoRA files, checkpoints, the base model.
+
+Everything here is read from names, JSON headers and small text files, so mistakes are told within milliseconds.
+"""
+
+import json
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils import models
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+MODULES = ("unet", "text_encoder", "text_encoder_2")  # what a full checkpoint can hold
+
+
+@dataclass
+class Lora:
+    given: str  # as the user wrote it, without the scale
+    file: Path
+    scale: float
+
+
+@dataclass
+class Base:
+    name: str
+    revision: str | None = None
+    variant: str | None = None
+    vae: str | None = None  # that the run used instead of the model's own
+    prediction_type: str | None = None
+
+
+def lora(text: str, wrong: list) -> Lora | None:
+    """`PATH[:SCALE]` -> the file that holds the adapters; a complaint is added to `wrong` when there is none."""
+    path, scale = split_scale(text)
+    file = lora_file(path, wrong)
+    return Lora(path, file, scale) if file else None
+
+
+def split_scale(text: str) -> tuple[str, float]:
+    """A path may itself hold colons: only a number after the last one is a scale, and not if that path exists."""
+    path, colon, scale = text.rpartition(":")
+    if colon and path and not Path(text).exists():
+        try:
+            return path, float(scale)
+        except ValueError:
+            pass
+    return text, 1.0
+
+
+def lora_file(name: str, wrong: list) -> Path | None:
+    path = Path(name).expanduser()
+    if not path.exists():
+        path = from_hub(name, wrong)
+        if path is None:
+            return None
+    if path.is_file():
+        found = [path]
+    elif (path / LORA_FILE).is_file():
+        found = [path / LORA_FILE]
+    else:
+        found = sorted(file for file in path.glob("*.safetensors") if looks_like_lora(file))
+    if len(found) > 1:
+        wrong.append(f"--lora {name} holds {len(found)} LoRA files; name one: {', '.join(file.name for file in found)}")
+    elif not found and (path / "model_index.json").is_file():
+        wrong.append(f"--lora {name} is a whole pipeline; give it as --pretrained_model_name_or_path")
+    elif not found and any((path / module).is_dir() for module in MODULES):
+        wrong.append(f"--lora {name} is a checkpoint of a full training run; give it as --checkpoint")
+    elif not found:
+        pickled = [file.name for file in path.iterdir() if file.suffix in (".bin", ".ckpt", ".pt", ".pth")]
+        remedy = f"; {pickled[0]} can run code when loaded: convert it to safetensors first" if pickled else ""
+        wrong.append(f"--lora {name} holds no LoRA (no {LORA_FILE}){remedy}")
+    elif found[0].suffix != ".safetensors":
+        wrong.append(f"--lora {name} is no .safetensors file; other formats can run code when loaded: convert it first")
+    elif not looks_like_lora(found[0]):
+        wrong.append(f"--lora {found[0]} holds no LoRA weights, or is damaged")
+    else:
+        return found[0]
+    return None
+
+
+def from_hub(name: str, wrong: list) -> Path | None:
+    """A LoRA repository on the hub -> its folder in the local cache. Only names such as `user/lora` are looked up."""
+    if not HUB_NAME.fullmatch(name) or "/" not in name or name.endswith(".safetensors"):
+        wrong.append(f"--lora {name} does not exist")
+        return None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        folder = Path(hf_hub_download(name, LORA_FILE)).parent
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
+        wrong.append(f"--lora {name} is no folder here, and the hub gave no {LORA_FILE} under that name")
+        return None
+    try:
+        hf_hub_download(name, "README.md")  # names the base model
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
+        pass
+    return folder
+
+
+def checkpoint(name: str, wrong: list) -> Lora | dict | None:
+    """`checkpoint-N` -> a Lora, or {module name: folder} of a full training run."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        wrong.append(f"--checkpoint {name} is no folder; give the checkpoint-N of a run")
+        return None
+    if (folder / LORA_FILE).is_file():
+        return lora(name, wrong)
+    modules = {module: folder / module for module in MODULES if (folder / module / "config.json").is_file()}
+    if not modules:
+        inside = sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
+        remedy = f"; inside are {', '.join(inside)}" if inside else ""
+        wrong.append(f"--checkpoint {name} holds neither {LORA_FILE} nor unet/{remedy}")
+    for module, path in modules.items():
+        if not any(path.glob("*.safetensors")):
+            wrong.append(f"--checkpoint {name} has no safetensors weights in {module}/")
+    return modules or None
+
+
+def base(given: str | None, loras: list, full_checkpoint: str | None, wrong: list) -> Base | None:
+    """The base model: the one given, else the one that everything saved agrees on."""
+    if given:
+        path = Path(given).expanduser()
+        if path.is_dir() and not is_pipeline(given):
+            option = "--lora" if (path / LORA_FILE).is_file() else "--checkpoint" if (path / "unet").is_dir() else None
+            remedy = f"; what it holds belongs to {option}" if option else ""
+            wrong.append(f"--pretrained_model_name_or_path {given} is no pipeline folder (no model_index.json){remedy}")
+            return None
+        return Base(given)
+    files = ([Path(full_checkpoint).expanduser()] if full_checkpoint else []) + [lora.file for lora in loras]
+    if not files:
+        wrong.append("there is no model; give --pretrained_model_name_or_path, --lora or --checkpoint")
+        return None
+    found = {each.name: each for file in files if (each := recorded_base(file))}
+    if not found:
+        wrong.append(f"no base model is recorded beside {files[0]}; give --pretrained_model_name_or_path")
+    elif len(found) > 1:
+        names = ", ".join(sorted(found))
+        wrong.append(f"what was saved belongs to several base models ({names}); give --pretrained_model_name_or_path")
+    return next(iter(found.values())) if len(found) == 1 else None
+
+
+def recorded_base(path: Path) -> Base | None:
+    """The base model as a run wrote it down: in its settings, the adapter file, or the model card.
+
+    A run may have been moved since: the first record that still leads to a model counts, else the first one, so that
+    the complaint can name it.
+    """
+    folder = path if path.is_dir() else path.parent
+    records = []
+    for place in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
+        settings = read_yaml(place / "training_config.yaml")
+        if name := settings.get("pretrained_model_name_or_path"):
+            own = (settings.get(key) for key in ("pretrained_vae_model_name_or_path", "prediction_type"))
+            records.append(Base(str(name), settings.get("revision"), settings.get("variant"), *own))
+        if name := read_yaml(place / "README.md").get("base_model"):
+            records.append(Base(str(name[0] if isinstance(name, list) else name)))
+    if path.is_file() and (name := header(path).get("__metadata__", {}).get("base_model")):
+        records.append(Base(name))
+    here = (record for record in records if is_pipeline(record.name))
+    on_the_hub = (record for record in records if HUB_NAME.fullmatch(record.name))
+    return next(here, None) or next(on_the_hub, None) or next(iter(records), None)
+
+
+def is_pipeline(name: str) -> bool:
+    return Path(models.resolve(name)).expanduser().joinpath("model_index.json").is_file()
+
+
+def misfit(lora: Lora, base_name: str, parts: dict) -> str | None:
+    """Why a LoRA cannot belong to a base model, as far as names and shapes tell; None if it may.
+
+    parts: the base's model_index.json. Widths are compared only for a base in a local folder.
+    """
+    tensors = {name: value.get("shape", []) for name, value in header(lora.file).items() if name != "__metadata__"}
+    if any(re.match(r"text_encoder_2\.|lora_te2_", name) for name in tensors) and "text_encoder_2" not in parts:
+        return f"--lora {lora.given} belongs to a model with two text encoders (SDXL), {base_name} has one"
+    folder = Path(models.resolve(base_name)).expanduser()
+    writes = read_json(folder / "unet" / "config.json").get("cross_attention_dim")
+    reads = [shape for name, shape in tensors.items() if re.search(r"attn2.to_k.*(lora_A|lora[._]down)", name)]
+    if isinstance(writes, int) and reads and reads[0][1:] != [writes]:
+        return (
+            f"--lora {lora.given} belongs to a model of another family: it reads text of width {reads[0][-1]}, "
+            f"that of {base_name} has {writes}"
+        )
+    return None
+
+
+# Small readers. A file that is missing or broken says nothing; what needs it complains.
+
+
+def header(file: Path) -> dict:
+    """A safetensors file's JSON header: {tensor name: {dtype, shape}}, "__metadata__"."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > min(file.stat().st_size, 100_000_000):
+                return {}
+            found = json.loads(stream.read(length))
+    except (OSError, ValueError, struct.error):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def looks_like_lora(file: Path) -> bool:
+    return any("lora" in name.lower() for name in header(file) if name != "__metadata__")
+
+
+def read_json(file: Path) -> dict:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_yaml(file: Path) -> dict:
+    """A YAML file, or the front matter of a Markdown file."""
+    import yaml
+
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".md":
+            text = text.split("---\n")[1] if text.startswith("---\n") else ""
+        found = yaml.safe_load(text)
+    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
