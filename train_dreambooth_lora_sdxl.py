@@ -289,9 +289,7 @@ def main(args):
     published = True
     if args.push_to_hub and run.is_main:
         published = hub.publish(run.output_dir, args.hub_model_id, private=args.hub_private)
-    run.finish()
-    if not published:
-        raise SystemExit(hub.NOT_PUBLISHED)
+    run.finish(0 if published else hub.NOT_PUBLISHED)
 
 
 if __name__ == "__main__":

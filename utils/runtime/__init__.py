@@ -107,16 +107,19 @@ class Run:
             startup.write_settings(self.output_dir, self.config)
         atexit.register(self.close)
 
-    def finish(self) -> int:
-        """Call at the end, or when `stopping` and the checkpoint is written. Leaves with the code of an early stop."""
+    def finish(self, code: int = 0) -> int:
+        """Call last, or when `stopping` and the checkpoint is written. Leaves with `code`, or that of an early stop."""
         stopped = self.stopping
-        code = (self._agreed or self.stop.code) if stopped else 0
+        if stopped:
+            code = self._agreed or self.stop.code
         if stopped and self.total is not None:
             self.say(
                 f"stopped after step {self.step} of {self.total}; run the same command with "
                 "--resume_from_checkpoint latest to go on"
             )
         self.close()
+        if self.world > 1:
+            startup.leave(code)
         if code:
             raise SystemExit(code)
         return code
