@@ -41,28 +41,22 @@ def main(args):
     from utils import adapters, cache, checkpoints, datasets, ema, hub, losses, models, noise, optimizers
     from utils import prior, randomness, report, runtime, validation
 
-    run = runtime.start(
-        args.output_dir,
-        seed=args.seed,
-        mixed_precision=args.mixed_precision,
+    call = arguments.caller(args)  # call(f, ...) adds every option that bears the name of a keyword of f
+    run = call(
+        runtime.start,
         accumulate=args.gradient_accumulation_steps,
-        report_to=args.report_to,
-        logging_dir=args.logging_dir,
         project=args.tracker_project_name,
         config=arguments.public(args),
-        allow_tf32=args.allow_tf32,
-        deterministic=args.deterministic,
-        compile=args.compile,
-        on_nan=args.on_nan,
         max_minutes=args.max_train_minutes,
         resuming=bool(args.resume_from_checkpoint),
     )
-    family = models.family_of(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
+    family = call(models.family_of, args.pretrained_model_name_or_path)
 
     # Class images come first: drawing them needs the memory that training will take.
     class_images = []
     if args.with_prior_preservation:
-        class_images = prior.fill(
+        class_images = call(
+            prior.fill,
             run,
             family,
             args.class_data_dir,
@@ -71,20 +65,19 @@ def main(args):
             batch_size=args.sample_batch_size,
             guidance=args.class_guidance_scale,
             precision=args.prior_generation_precision,
-            resolution=args.resolution,
         )
 
     # Model: the base stays frozen, the adapters learn.
-    family.load(
+    call(
+        family.load,
         run.device,
         run.dtype,
         tokenizer=args.tokenizer_name,
         vae=args.pretrained_vae_model_name_or_path,
-        prediction_type=args.prediction_type,
     )
-    learns = adapters.attach(
+    learns = call(
+        adapters.attach,
         family,
-        rank=args.rank,
         alpha=args.lora_alpha,
         dropout=args.lora_dropout,
         dora=args.use_dora,
@@ -95,37 +88,14 @@ def main(args):
     family.configure(args.gradient_checkpointing, xformers=args.enable_xformers_memory_efficient_attention)
 
     # Data: each photo with a class image beside it; "is_class" tells which is which.
-    if args.dataset_name:
-        photos = datasets.hub(
-            args.dataset_name,
-            args.dataset_config_name,
-            image_column=args.image_column,
-            caption_column=args.caption_column,
-            prompt=args.instance_prompt,
-            cache_dir=args.cache_dir,
-            on_bad_image=args.on_bad_image,
-            identifier=args.identifier,
-            class_noun=args.class_noun,
-        )
-    else:
-        photos = datasets.folder(
-            args.instance_data_dir,
-            args.instance_prompt,
-            caption_column=args.caption_column,
-            on_bad_image=args.on_bad_image,
-            identifier=args.identifier,
-            class_noun=args.class_noun,
-        )
-    dataset = datasets.DreamBooth(
+    photos = call(datasets.photos, prompt=args.instance_prompt)
+    dataset = call(
+        datasets.DreamBooth,
         photos,
         datasets.pictures(class_images, args.class_prompt, is_class=True),
         size=args.resolution or family.resolution_default,
-        center_crop=args.center_crop,
-        random_flip=args.random_flip,
         interpolation=args.image_interpolation_mode,
         seed=run.seed,
-        repeats=args.repeats,
-        caption_dropout=args.caption_dropout,
     )
     if run.is_main:
         report.preview(dataset, run.output_dir)
@@ -138,7 +108,8 @@ def main(args):
     examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * run.world
     total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(dataset) / examples_per_step)
     scale = examples_per_step if args.scale_lr else 1
-    optimizer = optimizers.create(
+    optimizer = call(
+        optimizers.create,
         args.optimizer,
         learns.groups(
             args.learning_rate * scale,
@@ -149,22 +120,13 @@ def main(args):
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
         eight_bit=args.use_8bit_adam,
-        prodigy_beta3=args.prodigy_beta3,
-        prodigy_decouple=args.prodigy_decouple,
-        prodigy_use_bias_correction=args.prodigy_use_bias_correction,
-        prodigy_safeguard_warmup=args.prodigy_safeguard_warmup,
     )
     optimizer = run.prepare(family, learns, optimizer)
     schedule = optimizers.schedule(
         optimizer, args.lr_scheduler, args.lr_warmup_steps, total_steps, args.lr_num_cycles, args.lr_power
     )
     average = ema.Average(learns.named(), args.ema_decay) if args.use_ema else ema.NoAverage()
-    corruption = noise.corruption_for(
-        family.scheduler,
-        snr_gamma=args.snr_gamma,
-        noise_offset=args.noise_offset,
-        input_perturbation=args.input_perturbation,
-    )
+    corruption = call(noise.corruption_for, family.scheduler)
 
     # Resume from the newest checkpoint in the output folder, if that is asked for and there is one.
     saved = checkpoints.Checkpoints(

@@ -1,6 +1,9 @@
 """Options: precedence, ranges, contradictions, and that a person hears of every mistake at once and quickly."""
 
+import argparse
+import importlib
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -47,6 +50,14 @@ def refused(capsys, *words, code=errors.OPTIONS, **more):
     assert stop.value.code == code
     said = capsys.readouterr().err.splitlines()
     return [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+
+
+# Accepted because users type them; --help says that they change nothing or wait for their family.
+WITHOUT_EFFECT = set(
+    "local_rank set_grads_to_none pre_compute_text_embeddings skip_save_text_encoder tokenizer_max_length"
+    " text_encoder_use_attention_mask class_labels_conditioning validation_images do_edm_style_training"
+    " output_kohya_format".split()
+)
 
 
 def test_defaults_are_those_users_know():
@@ -284,3 +295,27 @@ def test_help_names_every_default():
 def test_one_process_speaks_for_all(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert refused(capsys, "--seed=x") == []
+
+
+def test_call_hands_over_options_by_the_name_of_the_keyword():
+    args = argparse.Namespace(rank=8, seed=1, alpha=3.0, unrelated=5)
+
+    def room(family, rank=4, *, seed=0, dropout=0.1):
+        return family, rank, seed, dropout
+
+    call = arguments.caller(args)
+    assert call(room, "sd") == ("sd", 8, 1, 0.1)
+    assert call(room, "sd", seed=7) == ("sd", 8, 7, 0.1)  # what is given comes first
+    assert call(room, "sd", 2) == ("sd", 2, 1, 0.1)
+
+
+@pytest.mark.parametrize("script", ["train_dreambooth", "train_dreambooth_lora", "train_dreambooth_lora_sdxl"])
+def test_every_option_is_used_somewhere(script):
+    """By its script or a room: an option that is only parsed would be a promise."""
+    root = Path(__file__).parents[1]
+    rooms = [path for path in (root / "utils").rglob("*.py") if path.parent.name != "arguments"]
+    told = "\n".join(path.read_text() for path in [root / f"{script}.py", *rooms])
+    program = importlib.import_module(script)
+    required = ["--pretrained_model_name_or_path", "m", "--instance_data_dir", "d", "--instance_prompt", "p"]
+    unused = {name for name in vars(program.parse_args(required)) if not re.search(rf"\b{name}\b", told)}
+    assert unused <= WITHOUT_EFFECT

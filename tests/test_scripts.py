@@ -128,7 +128,8 @@ def test_infer_draws_with_the_prediction_type_that_was_trained(train, sd1):
     infer.main(infer.parse_args(shlex.split(given + " --num_images 1 --num_inference_steps 4")))
     theirs = next(path for path in (folder / "drawn").rglob("*.png") if path.name != "grid.png")
     ours = folder / "samples" / "step-000001" / "00-00.png"
-    assert np.array_equal(np.asarray(Image.open(ours)), np.asarray(Image.open(theirs)))
+    ours, theirs = (np.asarray(Image.open(path), dtype=int) for path in (ours, theirs))
+    assert np.abs(ours - theirs).max() <= 1  # drawn in batches of different sizes: some CPUs round differently
 
 
 def test_full_leaves_a_stock_pipeline(train, sd1):

@@ -90,7 +90,7 @@ def test_cached_prompts_draw_the_same_and_both_encoders_go(sdxl):
     for negative, want in zip(("", "blue"), before):
         words = family.sampling_prompts([PROMPT], negative)
         got = family.pipeline()(**words, generator=torch.Generator().manual_seed(1), **same_seed).images
-        assert abs(got - want).max() < 1e-5
+        assert abs(got - want).max() < 1e-4  # far below one grey level, 4e-3
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -42,6 +42,27 @@ class Row:
         return self.table[self.index][self.column]  # {"bytes", "path"}
 
 
+def photos(
+    instance_data_dir: str | None = None,
+    dataset_name: str | None = None,  # instead of the folder
+    dataset_config_name: str | None = None,
+    image_column: str = "image",
+    cache_dir: str | None = None,
+    *,
+    prompt: str | None,
+    caption_column: str | None = None,
+    on_bad_image: str = "error",
+    identifier: str | None = None,
+    class_noun: str | None = None,
+) -> list[Example]:
+    """The photos of a subject: what the options of a DreamBooth script name."""
+    how = {"prompt": prompt, "caption_column": caption_column, "on_bad_image": on_bad_image}
+    how |= {"identifier": identifier, "class_noun": class_noun}
+    if dataset_name:
+        return hub(dataset_name, dataset_config_name, image_column=image_column, cache_dir=cache_dir, **how)
+    return folder(instance_data_dir, **how)
+
+
 def folder(
     path: str | os.PathLike | None,
     prompt: str | None = None,  # for pictures without a caption of their own

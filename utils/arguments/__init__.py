@@ -7,9 +7,22 @@ library: --help and a typo answer at once.
 
 import argparse
 
-from utils.arguments.settings import Kind, choice, flag, folder, number, parse, prompt, public, save, text, whole
+from utils.arguments.settings import (
+    Kind,
+    caller,
+    choice,
+    flag,
+    folder,
+    number,
+    parse,
+    prompt,
+    public,
+    save,
+    text,
+    whole,
+)
 
-__all__ = ["new_parser", "parse", "public", "save"]  # and the groups below
+__all__ = ["caller", "new_parser", "parse", "public", "save"]  # and the groups below
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "sgd", "lion")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")

@@ -6,6 +6,7 @@ are taken over here: argparse only splits the command line, the same conversion 
 
 import argparse
 import difflib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -117,6 +118,23 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
 def public(args: argparse.Namespace) -> dict:
     """Every setting that makes the run what it is: no token, nothing about this one start. For trackers and files."""
     return {name: value for name, value in vars(args).items() if name not in NOT_PUBLIC}
+
+
+def caller(args: argparse.Namespace):
+    """A function `call(f, ...)` that calls f with, beside what it is given, every option named like a keyword of f.
+
+    So rooms take plain keywords, an option and the keyword it sets are one name, and no script can forget to pass it.
+    """
+
+    def call(function, *values, **named):
+        signature = inspect.signature(function)
+        given = signature.bind_partial(*values, **named).arguments
+        options = {
+            name: getattr(args, name) for name in signature.parameters if name not in given and hasattr(args, name)
+        }
+        return function(*values, **named, **options)
+
+    return call
 
 
 def save(args: argparse.Namespace, path: str | Path) -> None:
