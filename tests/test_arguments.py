@@ -53,11 +53,18 @@ def refused(capsys, *words, code=errors.OPTIONS, **more):
 
 
 # Accepted because users type them; --help says that they change nothing or wait for their family.
-WITHOUT_EFFECT = set(
-    "local_rank set_grads_to_none pre_compute_text_embeddings skip_save_text_encoder tokenizer_max_length"
-    " text_encoder_use_attention_mask class_labels_conditioning validation_images do_edm_style_training"
-    " output_kohya_format".split()
-)
+WITHOUT_EFFECT = {
+    "local_rank",
+    "set_grads_to_none",
+    "pre_compute_text_embeddings",
+    "skip_save_text_encoder",
+    "tokenizer_max_length",
+    "text_encoder_use_attention_mask",
+    "class_labels_conditioning",
+    "validation_images",
+    "do_edm_style_training",
+    "output_kohya_format",
+}
 
 
 def test_defaults_are_those_users_know():
