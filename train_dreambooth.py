@@ -17,6 +17,7 @@ def parse_args(argv=None):
     parser = arguments.new_parser(__doc__)
     arguments.add_model(parser)
     arguments.add_dreambooth_data(parser)
+    arguments.add_masks(parser)
     arguments.add_prior_preservation(parser)
     arguments.add_text_encoder(parser)
     arguments.add_length(parser, train_batch_size=4, num_train_epochs=1)
@@ -183,7 +184,7 @@ def main(args):
             latents = family.latents(batch, draws)  # pixels => (b, 4, h, w)
             noisy = corruption(latents, draws)  # inputs, timesteps, target, weight
             prediction = family.predict(noisy.inputs, noisy.timesteps, family.condition(batch))
-            error = losses.squared_error(prediction, noisy.target)  # (b,)
+            error = losses.squared_error(prediction, noisy.target, batch.get("mask"), args.unmasked_weight)  # (b,)
             loss = losses.dreambooth(error, noisy.weight, batch["is_class"], args.prior_loss_weight)
             # The facts are looked at only when the loss is no number, to name the example.
             facts = {"timesteps": noisy.timesteps, "error": error.detach()}

@@ -23,6 +23,7 @@ def build(lora=True):
     parser = arguments.new_parser("Teach one subject.")
     arguments.add_model(parser)
     arguments.add_dreambooth_data(parser)
+    arguments.add_masks(parser)
     arguments.add_prior_preservation(parser)
     arguments.add_text_encoder(parser)
     if lora:
@@ -65,6 +66,16 @@ WITHOUT_EFFECT = {
     "do_edm_style_training",
     "output_kohya_format",
 }
+
+
+def test_masks_come_from_one_place(capsys):
+    assert not parse().masked_loss and parse("--alpha_mask").masked_loss and parse("--masks_dir=m").masked_loss
+    assert "a photo has one mask" in refused(capsys, "--alpha_mask", "--masks_dir=m")[0]
+    dataset = [NEEDED[0], NEEDED[2], "--dataset_name=d"]
+    assert "--alpha_mask takes" in refused(capsys, "--masked_loss", needed=dataset)[0]
+    assert parse("--masked_loss", "--alpha_mask", needed=dataset).masked_loss
+    parse("--unmasked_weight=0.1")
+    assert "no effect without --masked_loss" in capsys.readouterr().err
 
 
 def test_defaults_are_those_users_know():

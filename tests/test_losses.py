@@ -37,6 +37,60 @@ def test_half_precision_is_summed_in_full():
     assert torch.equal(error, losses.squared_error(prediction.float(), numbers(2, 4, 8, 8, seed=1)))
 
 
+def blob(*rows):
+    """Masks (b, 1, H, W) uint8 from rows of weights, each worth one cell of 2 x 2 pixels; 0.5: its left half."""
+    cells = torch.tensor(rows).repeat_interleave(2, 1).repeat_interleave(2, 2)  # (b, H, W)
+    left = torch.arange(cells.shape[-1]) % 2 == 0
+    return (torch.where(cells == 0.5, left.float(), cells) * 255).to(torch.uint8).unsqueeze(1)
+
+
+@pytest.mark.parametrize("unmasked", [0.0, 0.25])
+def test_masked_error_is_divided_by_the_covered_area(unmasked):
+    weights = [[[1.0, 0.5], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]]
+    prediction, target = numbers(2, 3, 2, 2), numbers(2, 3, 2, 2, seed=1)
+    expected = []
+    for row in range(2):
+        above = below = 0.0
+        for channel in range(3):
+            for y in range(2):
+                for x in range(2):
+                    weight = max(weights[row][y][x], 0) + unmasked * (1 - weights[row][y][x])
+                    difference = prediction[row, channel, y, x].item() - target[row, channel, y, x].item()
+                    above, below = above + weight * difference**2, below + weight
+        expected.append(above / below)
+    found = losses.squared_error(prediction, target, blob(*weights), unmasked)
+    assert found.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_nothing_outside_of_a_mask_is_learned():
+    mask = blob([[1.0, 0.0], [0.5, 0.0]])
+    for unmasked in (0.0, 0.1):
+        prediction = numbers(1, 3, 2, 2).requires_grad_()
+        losses.squared_error(prediction, numbers(1, 3, 2, 2, seed=1), mask, unmasked).sum().backward()
+        assert (prediction.grad[..., 0] != 0).all() and bool((prediction.grad[..., 1] == 0).all()) == (unmasked == 0)
+    double = numbers(1, 3, 2, 2, dtype=torch.float64).requires_grad_()
+    target = numbers(1, 3, 2, 2, seed=1, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda p: losses.squared_error(p, target, mask, 0.1), (double,))
+
+
+@pytest.mark.parametrize("unmasked", [0.0, 0.3])
+def test_a_white_mask_is_no_mask_bit_for_bit(unmasked):
+    results = []
+    for mask in (None, torch.full((3, 1, 24, 40), 255, dtype=torch.uint8)):
+        prediction = numbers(3, 4, 3, 5).requires_grad_()
+        error = losses.squared_error(prediction, numbers(3, 4, 3, 5, seed=1), mask, unmasked)
+        (error * torch.tensor([0.3, 1.0, 7.0])).sum().backward()
+        results.append((error.detach(), prediction.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*results))
+
+
+def test_a_crop_beside_the_mask_has_no_error_and_no_gradient():
+    prediction = numbers(1, 4, 2, 2).requires_grad_()
+    error = losses.squared_error(prediction, numbers(1, 4, 2, 2, seed=1), torch.zeros(1, 1, 4, 4, dtype=torch.uint8))
+    error.sum().backward()
+    assert error.item() == 0 and not prediction.grad.any()
+
+
 def test_dreambooth_weights_then_groups_then_averages():
     error = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
     weight = torch.tensor([0.5, 3.0, 0.25, 7.0, 1.0])

@@ -105,6 +105,26 @@ def test_sharpness_is_a_matter_of_the_picture_and_not_of_its_size_or_contrast():
     assert quality.look(Image.new("RGB", (64, 64), "red")).sharpness > quality.BLURRED
 
 
+def test_masks_are_checked(parse, photos, tmp_path, capsys):
+    first, second, _ = sorted(photos.iterdir())
+    assert refused(capsys, parse("--masked_loss"), errors.DATA)[0].startswith("--masked_loss: no photo has a mask")
+    assert "no photo has a mask" in refused(capsys, parse("--alpha_mask"), errors.DATA)[0]
+    Image.new("L", (80, 96), 255).save(first.with_suffix(".mask.png"))
+    preflight.check(parse())
+    assert "1 photos have a mask beside them, which is not used: add --masked_loss" in capsys.readouterr().err
+    preflight.check(parse("--masked_loss"))
+    said = capsys.readouterr()
+    assert said.out.startswith("3 photos") and "2 of 3 photos have no mask and count as a whole" in said.err
+    Image.new("L", (80, 96)).save(first.with_suffix(".mask.png"))
+    Image.new("L", (96, 80), 255).save(second.with_suffix(".mask.png"))
+    said = refused(capsys, parse("--masked_loss"), errors.DATA)
+    assert len(said) == 2 and f"{first.stem}.mask.png' is black" in said[0] and "96x80" in said[1]
+    assert "is not a folder" in refused(capsys, parse(f"--masks_dir={tmp_path / 'none'}"))[0]
+    (photos / "masks").mkdir()
+    said = refused(capsys, parse(f"--masks_dir={photos / 'masks'}"))
+    assert "--masks_dir lies inside --instance_data_dir" in said[0]
+
+
 def test_placeholders_in_captions_need_their_options(parse, photos, capsys):
     for path in photos.iterdir():
         path.with_suffix(".txt").write_text("{identifier} the {class}")

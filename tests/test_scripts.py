@@ -191,6 +191,35 @@ def test_cached_equals_uncached(train, script):
 
 
 @BOTH
+def test_masks_change_what_is_learned_and_a_white_one_changes_nothing(train, script, photos, class_photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "masked")
+    words = (
+        f"--instance_data_dir '{folder}' --center_crop --random_flip --max_train_steps 3 --train_batch_size 2"
+        " --learning_rate 1e-3 --with_prior_preservation --num_class_images 4 --class_prompt 'a dog'"
+        f" --class_data_dir '{class_photos}'"
+    )
+    plain = train(script, words, "plain")
+    for path in folder.glob("photo-*.png"):
+        Image.new("L", (80, 96), 255).save(path.with_suffix(".mask.png"))
+    unused = train(script, words, "unused")
+    white = train(script, f"{words} --masked_loss", "white")
+    assert losses(white) == losses(plain) == losses(unused) and same(plain, unused)
+    assert same(white, plain), "not even the last bit"
+    for path in folder.glob("*.mask.png"):
+        mask = Image.new("L", (80, 96))
+        mask.paste(255, (20, 20, 52, 60))
+        mask.save(path)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    cached = train(script, f"{words} --masked_loss --cache_latents on", "cached")
+    uncached = train(script, f"{words} --masked_loss --cache_latents off", "uncached")
+    assert losses(cached) == pytest.approx(losses(uncached), rel=1e-5)
+    assert losses(cached)[0] != pytest.approx(losses(plain)[0], rel=1e-3)
+    partly = train(script, f"{words} --masked_loss --unmasked_weight 0.5", "partly")
+    assert losses(partly)[0] != pytest.approx(losses(cached)[0], rel=1e-3)
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+
+
+@BOTH
 def test_checkpointed_activations_change_nothing(train, script):
     options = "--max_train_steps 2 --train_batch_size 1 --train_text_encoder"
     assert losses(train(script, options, "plain")) == pytest.approx(

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from utils import captions as caption_files
-from utils import errors, images, randomness
+from utils import errors, images, masks, randomness
 
 REMEMBERED = 2**29  # bytes of resized pictures kept between visits, so that a photo is decoded once and not each epoch
 
@@ -29,6 +29,7 @@ class Example:
     caption: str | tuple[str, ...]  # several: one is drawn at each visit
     is_class: bool = False
     key: str = ""  # short identity of the picture's content
+    mask: Any = None  # a masks.Mask: where the picture counts; None: everywhere
 
 
 class Row:
@@ -54,13 +55,18 @@ def photos(
     on_bad_image: str = "error",
     identifier: str | None = None,
     class_noun: str | None = None,
+    masked_loss: bool = False,
+    masks_dir: str | None = None,  # instead of NAME.mask.png beside the photos
+    alpha_mask: bool = False,  # instead of files
 ) -> list[Example]:
     """The photos of a subject: what the options of a DreamBooth script name."""
     how = {"prompt": prompt, "caption_column": caption_column, "on_bad_image": on_bad_image}
     how |= {"identifier": identifier, "class_noun": class_noun}
     if dataset_name:
-        return hub(dataset_name, dataset_config_name, image_column=image_column, cache_dir=cache_dir, **how)
-    return folder(instance_data_dir, **how)
+        found = hub(dataset_name, dataset_config_name, image_column=image_column, cache_dir=cache_dir, **how)
+    else:
+        found = folder(instance_data_dir, **how)
+    return masks.attach(found, instance_data_dir, masks_dir, alpha_mask) if masked_loss else found
 
 
 def folder(
@@ -164,6 +170,7 @@ class DreamBooth(Dataset):
         pixels            (3, size, size) fp32 in [-1, 1]; or, once `latents` holds them,
         latent_mean, latent_std  (channels, height, width) fp32
         captions, keys    text
+        mask              (1, size, size) uint8, white where the picture counts; only if some photo has a mask
         is_class          bool
         ids               2 * position for the instance, 2 * position + 1 for the class: noise is drawn by it
         original_size     (height, width) of the upright photo
@@ -186,6 +193,7 @@ class DreamBooth(Dataset):
         self.size, self.center_crop, self.random_flip = size, center_crop, random_flip
         self.interpolation, self.seed, self.repeats = interpolation, seed, repeats
         self.caption_dropout = caption_dropout
+        self.masked = any(example.mask for example in self.instance)
         self.latents = None  # cache.latents puts the posteriors here
         self._sizes: dict[str, tuple[int, int]] = {}
         self._remembered: dict[str, Any] = {}
@@ -202,7 +210,10 @@ class DreamBooth(Dataset):
 
     def fingerprint(self) -> str:
         """Changes when a picture is added, removed, edited or renamed into another place, or a caption is edited."""
-        rows = [[example.key, example.caption, example.is_class] for example in self.examples]
+        rows = [
+            [example.key, example.caption, example.is_class, *([example.mask.key] if example.mask else [])]
+            for example in self.examples
+        ]
         return hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
 
     def __len__(self) -> int:
@@ -216,14 +227,16 @@ class DreamBooth(Dataset):
             records.append(self._record(self.classes[place], 2 * position + 1))
         return records
 
-    def first_views(self, most: int) -> Iterator[tuple[Example, str, Any, tuple[int, int]]]:
+    def first_views(self, most: int) -> Iterator[tuple[Example, str, Any, tuple[int, int], Any]]:
         """The first photos in their order, each as its first visit shows it: example, caption, the resized (and
-        mirrored) picture, (top, left) of the crop. Like every view a pure function: looking changes nothing."""
+        mirrored) picture, (top, left) of the crop, its mask. Like every view a pure function: looking changes nothing.
+        """
         count = len(self.instance)
         visits = {randomness.slot(self.seed, position, count): position for position in range(count)}
         for place, example in enumerate(self.instance[:most]):
             caption, flip, corner = self._view(example, 2 * visits[place])
-            yield example, caption, _mirrored(self._picture(example, remember=True), flip), corner
+            mask = _mirrored(self._resized_mask(example), flip) if example.mask else None
+            yield example, caption, _mirrored(self._picture(example, remember=True), flip), corner, mask
 
     def _view(self, example: Example, number: int) -> tuple[str, bool, tuple[int, int]]:
         """Which caption, whether mirrored, and (top, left) of the crop."""
@@ -248,6 +261,8 @@ class DreamBooth(Dataset):
             "original_size": self._size_of(example)[::-1],
             "crop_top_left": place,
         }
+        if self.masked:
+            record["mask"] = self._mask(example, flip, place)
         if self.latents is None:
             return record | {"pixels": self.pixels(example, flip, place)}
         mean, std = self.latents.get(example.key, flip)
@@ -268,6 +283,14 @@ class DreamBooth(Dataset):
         top, left = place or images.crop_place(*picture.size, self.size, center=True)
         return images.to_tensor(picture.crop((left, top, left + self.size, top + self.size)))
 
+    def _mask(self, example: Example, flip: bool, place: tuple[int, int]) -> torch.Tensor:
+        """The same crop of the photo's mask, (1, size, size) uint8; class images and photos without one count whole."""
+        if example.mask is None:
+            return torch.full((1, self.size, self.size), 255, dtype=torch.uint8)
+        top, left = place
+        mask = _mirrored(self._resized_mask(example), flip).crop((left, top, left + self.size, top + self.size))
+        return torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(1, self.size, self.size)
+
     def forget(self) -> None:
         """Lets go of the decoded pictures."""
         self._remembered.clear()
@@ -280,20 +303,31 @@ class DreamBooth(Dataset):
 
     def _picture(self, example: Example, remember: bool):
         """Decoded and resized; remembered while there is room."""
-        if example.key in self._remembered:
-            return self._remembered[example.key]
-        try:
-            picture = images.open_rgb(example.source)
-        except images.BadImage:
-            time.sleep(0.5)  # a network drive may have blinked; the preflight has seen this file whole
-            picture = images.open_rgb(example.source)
-        picture = images.resize_shorter(picture, self.size, self.interpolation)
+        read = lambda: images.open_rgb(example.source)  # noqa: E731
+        return self._resized(example.key, read, self.interpolation, remember)
+
+    def _resized_mask(self, example: Example):
+        # "box" is the share of area: other filters would let a little of what is masked shine through.
+        return self._resized(example.mask.key, example.mask.open, "box")
+
+    def _resized(self, key: str, read: Callable, interpolation: str, remember: bool = True):
+        if key in self._remembered:
+            return self._remembered[key]
+        picture = images.resize_shorter(_patiently(read), self.size, interpolation)
         worker = get_worker_info()  # each worker process remembers for itself
-        needed = 3 * picture.width * picture.height * (worker.num_workers if worker else 1)
+        needed = len(picture.getbands()) * picture.width * picture.height * (worker.num_workers if worker else 1)
         if remember and needed <= self._room:
             self._room -= needed
-            self._remembered[example.key] = picture
+            self._remembered[key] = picture
         return picture
+
+
+def _patiently(read: Callable):
+    try:
+        return read()
+    except images.BadImage:
+        time.sleep(0.5)  # a network drive may have blinked; the preflight has seen this file whole
+        return read()
 
 
 def _mirrored(picture, flip: bool):

@@ -96,6 +96,22 @@ def open_rgb(source, background: str = "white", max_pixels: int = MAX_PIXELS):
     return _decode(source, background, max_pixels)[0]
 
 
+def open_alpha(source, max_pixels: int = MAX_PIXELS):
+    """How opaque a picture is, as an upright "L" image; None if it knows no transparency."""
+    from PIL import ImageOps
+
+    with _opened(source, max_pixels) as image:
+        try:
+            image.load()
+            if not image.has_transparency_data:
+                return None
+            if _orientation(image) != 1:
+                image = ImageOps.exif_transpose(image)
+            return image.convert("RGBA").getchannel("A")
+        except Exception as error:
+            raise BadImage(name_of(source), f"cannot be decoded: {error}") from None
+
+
 def size_of(source) -> tuple[int, int]:
     """(width, height) of the upright picture, from the header alone where the format allows it."""
     with _opened(source, MAX_PIXELS) as image:
@@ -140,7 +156,7 @@ def _inspect(path, min_side: int | None, max_pixels: int, look) -> Report:
     return report
 
 
-def _name(source) -> str:
+def name_of(source) -> str:
     if isinstance(source, dict):
         source = source.get("path") or ""
     if isinstance(source, (str, os.PathLike)) and os.fspath(source):
@@ -152,7 +168,7 @@ def _opened(source, max_pixels: int):
     """An open Pillow image whose header was checked and whose pixels were not read yet."""
     from PIL import Image, UnidentifiedImageError
 
-    name = _name(source)
+    name = name_of(source)
     if callable(source):
         source = source()
     if isinstance(source, dict):
@@ -244,7 +260,7 @@ def _decode(source, background: str, max_pixels: int):
                 image = Image.alpha_composite(ground, image)
             image = image.convert("RGB")  # always a copy that no longer needs the file
         except Exception as error:  # decoders raise many kinds of errors over broken files
-            raise BadImage(_name(source), f"cannot be decoded: {error}") from None
+            raise BadImage(name_of(source), f"cannot be decoded: {error}") from None
     image.info = {}  # no EXIF, GPS or comments in anything that is saved from here on
     return image, notes
 
@@ -292,7 +308,7 @@ def resize_shorter(image, size: int, interpolation: str = "lanczos"):
 
     width, height = resized_size(*image.size, size)
     if max(width, height) > MAX_RATIO * size:
-        raise BadImage(_name(image), f"is {image.width}x{image.height}: far too long for its shorter side")
+        raise BadImage(name_of(image), f"is {image.width}x{image.height}: far too long for its shorter side")
     if image.size == (width, height):
         return image
     return image.resize((width, height), Image.Resampling[INTERPOLATIONS[interpolation]])

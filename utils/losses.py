@@ -6,7 +6,12 @@ Nothing here selects rows by a mask, because that would make the processor wait 
 import torch
 
 
-def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def squared_error(
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    mask: torch.Tensor | None = None,  # (b, 1, H, W) uint8: where the picture counts, as in `masked_mean`
+    unmasked_weight: float = 0.0,
+) -> torch.Tensor:
     """Mean squared error of each example, in fp32 at least whatever the networks computed in."""
     if prediction.shape[1] == 2 * target.shape[1]:
         prediction = prediction.chunk(2, dim=1)[0]  # DeepFloyd IF also predicts a variance, which is not trained
@@ -14,7 +19,23 @@ def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tenso
         # Broadcasting would turn a mismatch into a plausible number.
         raise ValueError(f"prediction {tuple(prediction.shape)} does not match target {tuple(target.shape)}")
     precise = torch.promote_types(prediction.dtype, torch.float32)
-    return (prediction.to(precise) - target.to(precise)).square().flatten(1).mean(dim=1)  # (b, ...) -> (b,)
+    error = (prediction.to(precise) - target.to(precise)).square()
+    if mask is not None:
+        return masked_mean(error, mask, unmasked_weight)
+    return error.flatten(1).mean(dim=1)  # (b, ...) -> (b,)
+
+
+def masked_mean(error: torch.Tensor, mask: torch.Tensor, unmasked_weight: float = 0.0) -> torch.Tensor:
+    """sum(w * error) / sum(w) of each example, over positions and channels: (b, c, h, w) -> (b,).
+
+    w = m + unmasked_weight * (1 - m), where m is the share of a cell that the mask covers. Divided by the covered area,
+    a small subject weighs as much as a large one. A crop that holds nothing of the mask has no error.
+    """
+    covered = mask.to(error.dtype) / 255  # (b, 1, H, W)
+    covered = torch.nn.functional.adaptive_avg_pool2d(covered, error.shape[-2:])  # (b, 1, h, w)
+    weight = covered + unmasked_weight * (1 - covered)
+    area = weight.flatten(1).mean(dim=1).clamp(min=torch.finfo(weight.dtype).tiny)
+    return (weight * error).flatten(1).mean(dim=1) / area
 
 
 def average(error: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:

@@ -60,6 +60,13 @@ def lit(image, top: int, left: int, size: int):
     return pale
 
 
+def veiled(image, mask):
+    """The picture with what its mask ("L") leaves out under a red veil."""
+    from PIL import Image
+
+    return Image.composite(image, Image.blend(image, Image.new("RGB", image.size, "#e02020"), 0.6), mask)
+
+
 def _writer(sheet):
     from PIL import ImageDraw, ImageFont
 

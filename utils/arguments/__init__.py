@@ -93,6 +93,14 @@ def _add_images(add) -> None:
     add("dataloader_num_workers", whole(0), 0, "processes that prepare pictures; 0: the training process itself")
 
 
+def add_masks(parser: argparse.ArgumentParser) -> None:
+    add = group(parser, "Masks: learn only what is white in them")
+    add("masked_loss", flag, False, "weigh the loss by masks, divided by their area; NAME.mask.png beside NAME.jpg")
+    add("masks_dir", folder, None, "folder of masks with the photos' names, instead; turns --masked_loss on")
+    add("alpha_mask", flag, False, "the photos' transparency is their mask, instead; turns --masked_loss on")
+    add("unmasked_weight", number(0, below=1), 0.0, "weight of what is black in a mask")
+
+
 def add_prior_preservation(parser: argparse.ArgumentParser) -> None:
     add = group(parser, "Prior preservation: keep what the model knows about the class")
     add("with_prior_preservation", flag, False, "train on class images beside the photos")

@@ -26,6 +26,7 @@ NEEDS = {
     "adam_weight_decay_text_encoder": "train_text_encoder",
     "dataset_config_name": "dataset_name",
     "ema_decay": "use_ema",
+    "unmasked_weight": "masked_loss",
     "hub_model_id": "push_to_hub",
     "prodigy_beta3": "optimizer prodigy",
     "prodigy_decouple": "optimizer prodigy",
@@ -45,6 +46,7 @@ def check(args: argparse.Namespace, given: dict, defaults: dict, misread: set[st
     found = Findings()
     has = vars(args).get  # a script need not have every group
     _data(args, has, misread, found)
+    _masks(args, has, found)
     _text_encoder(has, found)
     _optimizer(args, has, given, found)
     _noise(args, has, given, found)
@@ -86,6 +88,17 @@ def _data(args, has, misread: set[str], found: Findings) -> None:
         nearest = f"{below} or {below + MULTIPLE}"
         found.complaints.append(
             f"--resolution is {resolution}: it must be a multiple of {MULTIPLE}; {nearest} are next"
+        )
+
+
+def _masks(args, has, found: Findings) -> None:
+    if has("masks_dir") and has("alpha_mask"):
+        found.complaints.append("--masks_dir with --alpha_mask: a photo has one mask; leave one of them out")
+    if has("masks_dir") or has("alpha_mask"):
+        args.masked_loss = True
+    if has("masked_loss") and has("dataset_name") and not has("alpha_mask"):
+        found.complaints.append(
+            "--masked_loss with --dataset_name: no mask files there; --alpha_mask takes the pictures' transparency"
         )
 
 

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from utils import captions, images
+from utils import captions, images, masks
 from utils.errors import DATA, OPTIONS, refuse, warn
 from utils.preflight import model_folder, plan, quality, remote
 
@@ -143,11 +143,12 @@ def _is_result(entry: Path) -> bool:
 
 def _separate(args, problems: Problems) -> None:
     """Pictures are looked for in sub-folders too, so a folder inside another one would be trained on by mistake."""
-    named = ["instance_data_dir", *(["class_data_dir"] if args.with_prior_preservation else []), "output_dir"]
+    named = ["instance_data_dir", *(["class_data_dir"] if args.with_prior_preservation else []), "masks_dir"]
+    named.append("output_dir")
     folders = [(name, Path(getattr(args, name)).resolve()) for name in named if getattr(args, name)]
     for outer, outside in folders:
         for inner, inside in folders:
-            if inner == outer or outer == "output_dir":
+            if inner == outer or outer in ("masks_dir", "output_dir"):  # these are not searched
                 continue
             if inside == outside and folders.index((inner, inside)) > folders.index((outer, outside)):
                 problems.options.append(f"--{inner} and --{outer} are the same folder, '{outside}'; name two")
@@ -158,7 +159,7 @@ def _separate(args, problems: Problems) -> None:
     model, output = Path(args.pretrained_model_name_or_path).resolve(), Path(args.output_dir).resolve()
     if model.is_dir() and model == output:
         problems.options.append("--output_dir is the base model's folder and would overwrite it; name another folder")
-    read = ("instance_data_dir", "class_data_dir", "dataset_name", "pretrained_model_name_or_path")
+    read = ("instance_data_dir", "class_data_dir", "masks_dir", "dataset_name", "pretrained_model_name_or_path")
     read += ("pretrained_vae_model_name_or_path", "tokenizer_name")
     for name in read if args.overwrite_output_dir else ():
         path = Path(getattr(args, name) or output.parent).resolve()
@@ -197,9 +198,29 @@ def _photos(args, folder: str | None, option: str, problems: Problems, needed: b
         _few([f"left out: '{report.path}' {report.problem}" for report in bad])
     if needed and bad and args.on_bad_image == "error":
         problems.data.append("repair or remove these pictures, or leave them out with --on_bad_image skip")
+    if needed:
+        _masks(args, good, problems)
     _few([f"'{report.path}' {warning}" for report in good for warning in report.warnings])
     _few(quality.remarks(good) if needed else [])
     return good, [Path(report.path) for report in bad]
+
+
+def _masks(args, photos: list, problems: Problems) -> None:
+    """The masks of the usable photos, opened as the photos were."""
+    if args.masks_dir and not Path(args.masks_dir).is_dir():
+        problems.options.append(f"--masks_dir '{args.masks_dir}' is not a folder (looked in {Path.cwd()})")
+        return
+    paths = [photo.path for photo in photos]
+    sources = paths if args.alpha_mask else masks.files(paths, args.instance_data_dir, args.masks_dir)
+    if not args.masked_loss:
+        there = sum(source is not None for source in sources)
+        if there:
+            warn(f"{there} photos have a mask beside them, which is not used: add --masked_loss")
+        return
+    complaints, count = masks.check(photos, sources, args.alpha_mask)
+    problems.data += complaints if count or not photos else [masks.NONE]
+    if count and count < len(photos):
+        warn(f"{len(photos) - count} of {len(photos)} photos have no mask and count as a whole")
 
 
 def _disk(args, outline: plan.Plan, problems: Problems) -> None:

@@ -106,12 +106,14 @@ def preview(dataset, output_dir) -> None:
 def contact_sheet(dataset, output_dir, count_tokens=None, limit: int = 0) -> None:
     """data_preview.png: the first photos with their crop, caption and tokens, to find mistakes before they are learned.
 
-    count_tokens: a caption => its tokens, of which the model reads `limit`. Main process only.
+    What a mask leaves out is red. Main process only.
+    count_tokens: a caption => its tokens, of which the model reads `limit`.
     """
     from utils import sheets
 
     cells, notes, marked = [], [], []
-    for example, caption, picture, corner in dataset.first_views(MOST_ON_SHEET):
+    for example, caption, picture, corner, mask in dataset.first_views(MOST_ON_SHEET):
+        picture = sheets.veiled(picture, mask) if mask else picture
         # Shrunk at once: sixty photos of a large resolution would fill the memory.
         cells.append(sheets.shrink(sheets.lit(picture, *corner, dataset.size), SIDE))
         lines = textwrap.wrap(caption, 32, max_lines=3, placeholder="…")
