@@ -11,6 +11,7 @@ carries the settings it was drawn with.
 """
 
 import re
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def parse_args(argv=None):
     add("checkpoint", folder, None, "checkpoint-N of a full run, whose networks replace the base's, or of a LoRA run")
     add("revision", text, None, "branch, tag or commit of the hub model")
     add("variant", text, None, "file variant of the weights, e.g. fp16")
+    add("allow_pickle", flag, False, arguments.ALLOW_PICKLE)
 
     add = arguments.group(parser, "Prompts; {identifier} and {class} in them are replaced")
     add("prompt", words, None, "repeat it for more", append=True)
@@ -101,6 +103,7 @@ def main(args):
 
     startup.quiet()
     pipeline = load(base, loras, modules, args)
+    say_averaged(loras, modules)
     told = {
         "negative_prompt": args.negative_prompt,
         "steps": args.num_inference_steps,
@@ -109,6 +112,7 @@ def main(args):
         "base_model": validation.public_name(base.name),
         "lora": [f"{validation.public_name(lora.given)}:{lora.scale:g}" for lora in loras],
         "checkpoint": Path(args.checkpoint).name if args.checkpoint else "",
+        "averaged": ", ".join(path.name for path in averaged(loras, modules)),
         "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
     }
     images = validation.draw(
@@ -225,9 +229,21 @@ def print_plan(base, loras: list, modules: dict, jobs: list, files: list) -> lis
         print(f"LoRA: {lora.file} at {lora.scale:g}")
     for name, path in modules.items():
         print(f"{name}: {path}")
+    say_averaged(loras, modules)
     for (prompt, seed), file in zip(jobs, files):
         print(f"{file}  seed {seed}  {prompt}")
     return []
+
+
+def averaged(loras: list, modules: dict) -> list:
+    """Checkpoints whose averaged weights are drawn with, as the finished result of their run would be."""
+    folders = dict.fromkeys([lora.file.parent for lora in loras] + [path.parent for path in modules.values()])
+    return [folder for folder in folders if (folder / "ema.safetensors").is_file()]
+
+
+def say_averaged(loras: list, modules: dict) -> None:
+    for checkpoint in averaged(loras, modules):
+        print(f"{checkpoint.name}: drawn with its averaged weights (--use_ema)", flush=True)
 
 
 # Loading.
@@ -238,14 +254,9 @@ def load(base, loras: list, modules: dict, args):
     from utils import validation
 
     device, dtype = place(args.device, args.dtype)
-    family = models.family_of(base.name, revision=base.revision, variant=base.variant)
-    family.load(
-        device,
-        dtype,
-        vae=base.vae,
-        parts=[name for name in family.names if name not in modules],
-        prediction_type=base.prediction_type,
-    )
+    own = {"prediction_type": base.prediction_type, "allow_pickle": args.allow_pickle}
+    family = models.family_of(base.name, base.revision, base.variant, **own)
+    family.load(device, dtype, vae=base.vae, parts=[name for name in family.names if name not in modules])
     for name, path in modules.items():
         setattr(family, name, load_module(base, name, path, dtype).to(device).eval())
     pipeline = family.pipeline()
@@ -253,7 +264,9 @@ def load(base, loras: list, modules: dict, args):
     names = [f"lora{number}" for number in range(len(loras))]
     for name, lora in zip(names, loras):
         try:
-            pipeline.load_lora_weights(str(lora.file.parent), weight_name=lora.file.name, adapter_name=name)
+            with tempfile.TemporaryDirectory() as folder:
+                file = saved.averaged_lora(lora.file, folder)
+                pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
         except (ValueError, RuntimeError, KeyError, IndexError) as problem:  # shapes or names of another network
             refuse(f"--lora {lora.given} does not fit {base.name}: {str(problem).strip().splitlines()[0]}")
     if names:
@@ -265,16 +278,16 @@ def load(base, loras: list, modules: dict, args):
 
 
 def load_module(base, name: str, path: Path, dtype):
-    """One network of a full checkpoint, of the class that the base model has in its place."""
-    import importlib
-
-    library, kind = models.read_index(base.name, base.revision)[name]
+    """One network of a full checkpoint, of the class that the base model has in its place; averaged, if it can be."""
+    cls = models.component_class(base.name, base.revision, name)
     try:
-        cls = getattr(importlib.import_module(library), kind)
-        named = "dtype" if library == "transformers" else "torch_dtype"
-        return cls.from_pretrained(path, use_safetensors=True, **{named: dtype})
+        module = cls.from_pretrained(path, use_safetensors=True)
+        found = saved.averages(path.parent) or {}
+        for key, weight in module.named_parameters():
+            weight.data = found.get(f"{name}.{key}", weight.data)
+        return module.to(dtype)
     except (OSError, ValueError, RuntimeError) as problem:
-        refuse(f"--checkpoint: {path} cannot be read as a {kind}: {str(problem).strip().splitlines()[0]}")
+        refuse(f"--checkpoint: {path} cannot be read as a {cls.__name__}: {str(problem).strip().splitlines()[0]}")
 
 
 def place(device: str, dtype: str):

@@ -68,13 +68,7 @@ def main(args):
         )
 
     # Model: the UNet (and the text encoder) learn, in fp32; the rest stays frozen.
-    call(
-        family.load,
-        run.device,
-        run.dtype,
-        tokenizer=args.tokenizer_name,
-        vae=args.pretrained_vae_model_name_or_path,
-    )
+    family.load(run.device, run.dtype, tokenizer=args.tokenizer_name, vae=args.pretrained_vae_model_name_or_path)
     learns = learning.full(family, text_encoder=args.train_text_encoder)
     family.configure(args.gradient_checkpointing, xformers=args.enable_xformers_memory_efficient_attention)
 
@@ -104,7 +98,7 @@ def main(args):
         args.optimizer,
         learns.groups(
             args.learning_rate * scale,
-            text_encoder_lr=args.text_encoder_lr,
+            text_encoder_lr=args.text_encoder_lr and args.text_encoder_lr * scale,
             weight_decay=args.adam_weight_decay,
             text_encoder_weight_decay=args.adam_weight_decay_text_encoder,
         ),
@@ -168,7 +162,7 @@ def main(args):
     )
     steps_per_epoch = math.ceil(len(dataset) / examples_per_step)
     validation_steps = args.validation_steps or steps_per_epoch * (args.validation_epochs or 0)
-    page = report.Report(run, total_steps)
+    page = report.Report(run, total_steps, defaults=arguments.defaults(args))
 
     def validate(step):
         with run.phase("validation"):

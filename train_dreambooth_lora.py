@@ -69,13 +69,7 @@ def main(args):
         )
 
     # Model: the base stays frozen, the adapters learn.
-    call(
-        family.load,
-        run.device,
-        run.dtype,
-        tokenizer=args.tokenizer_name,
-        vae=args.pretrained_vae_model_name_or_path,
-    )
+    family.load(run.device, run.dtype, tokenizer=args.tokenizer_name, vae=args.pretrained_vae_model_name_or_path)
     learns = call(
         adapters.attach,
         family,
@@ -114,7 +108,7 @@ def main(args):
         args.optimizer,
         learns.groups(
             args.learning_rate * scale,
-            text_encoder_lr=args.text_encoder_lr,
+            text_encoder_lr=args.text_encoder_lr and args.text_encoder_lr * scale,
             weight_decay=args.adam_weight_decay,
             text_encoder_weight_decay=args.adam_weight_decay_text_encoder,
         ),
@@ -178,7 +172,7 @@ def main(args):
     )
     steps_per_epoch = math.ceil(len(dataset) / examples_per_step)
     validation_steps = args.validation_steps or steps_per_epoch * (args.validation_epochs or 0)
-    page = report.Report(run, total_steps)
+    page = report.Report(run, total_steps, defaults=arguments.defaults(args))
 
     def validate(step):
         with run.phase("validation"):

@@ -113,11 +113,13 @@ def test_text_encoder_weights_are_those_on_disk(sd1):
 def test_scheduler_follows_the_model_and_can_be_overridden(sd1, sd2):
     assert loaded(sd1).scheduler.config.prediction_type == "epsilon"
     assert loaded(sd2).scheduler.config.prediction_type == "v_prediction"
-    family = loaded(sd1, prediction_type="v_prediction")
+    family = models.family_of(str(sd1), prediction_type="v_prediction")
+    family.load("cpu", torch.float32)
     assert family.scheduler.config.prediction_type == "v_prediction"
     # What is sampled and saved must agree with what was trained.
     assert family.pipeline().scheduler.config.prediction_type == "v_prediction"
     assert type(family.pipeline().scheduler).__name__ == "PNDMScheduler"
+    assert family.pipeline_from_disk(torch.float32).scheduler.config.prediction_type == "v_prediction"
 
 
 def test_another_vae_from_its_own_folder_or_a_pipeline(sd1, sd2):
@@ -344,7 +346,7 @@ def test_saved_pipeline_is_stock_and_draws_the_same(model, text_encoder, request
     for kind in (DiffusionPipeline, StableDiffusionPipeline):
         pipeline = kind.from_pretrained(tmp_path)
         pipeline.set_progress_bar_config(disable=True)
-        assert (drawn(pipeline) == ours).all()
+        assert abs(drawn(pipeline) - ours).max() < 1e-4  # rounding depends on where memory lies
     assert type(pipeline.scheduler).__name__ == "PNDMScheduler"
     with safe_open(str(tmp_path / "text_encoder" / "model.safetensors"), "pt") as stored:
         assert all(key.startswith("text_model.") for key in stored.keys())  # noqa: SIM118

@@ -281,7 +281,7 @@ def damage(folder, kind):
         ("index", "is a folder without model_index.json"),
         ("unet", "lacks unet/: the copy is incomplete"),
         ("weights", "has no weights in unet/"),
-        ("pickle", "only as a pickle, which can run code"),
+        ("pickle", "only as a pickle, which can hold code"),
         ("variant", "only as variant fp16; add --variant fp16"),
         ("cut", "is damaged: "),
         ("text", "is damaged: it is no safetensors file"),

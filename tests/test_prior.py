@@ -60,12 +60,12 @@ def _any_scheduler(monkeypatch):
     monkeypatch.setattr(prior, "_fast_solver", lambda scheduler: scheduler)
 
 
-def family(pipeline, name="base", revision=None):
+def family(pipeline, name="base", revision=None, prediction_type=None):
     def from_disk(dtype):
         pipeline.dtype = dtype
         return pipeline
 
-    return SimpleNamespace(name=name, revision=revision, pipeline_from_disk=from_disk)
+    return SimpleNamespace(name=name, revision=revision, prediction_type=prediction_type, pipeline_from_disk=from_disk)
 
 
 def fill(folder, count=5, run=None, pipeline=None, prompt="a photo of dog", name="base", **options):
@@ -162,7 +162,9 @@ def test_images_of_another_prompt_or_model_are_refused(tmp_path, capsys, other):
 def test_enough_pictures_of_the_owner_need_no_model(tmp_path):
     for number in range(3):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
-    found = prior.fill(Run(), SimpleNamespace(name="x", revision=None), tmp_path, prompt="p", count=3)
+    found = prior.fill(
+        Run(), SimpleNamespace(name="x", revision=None, prediction_type=None), tmp_path, prompt="p", count=3
+    )
     assert len(found) == 3 and not (tmp_path / prior.SIDECAR).exists()
 
 

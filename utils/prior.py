@@ -40,6 +40,7 @@ def fill(
     names = (name for name in map("class-{:05d}.png".format, range(count + len(taken))) if name not in taken)
     wanted = {name: folder / name for name, _ in zip(names, range(count - len(mine)))}
     identity = {"prompt": prompt, "model": family.name, "revision": family.revision, "guidance_scale": guidance}
+    identity["prediction_type"] = family.prediction_type  # None, as in older records: the model's own
     if wanted and ours:
         _refuse_strangers(folder, record, identity, len(ours))
     missing = [name for name in wanted if name not in ours]

@@ -120,6 +120,27 @@ def checkpoint(name: str, wrong: list) -> Lora | dict | None:
     return modules or None
 
 
+def averages(checkpoint: Path) -> dict | None:
+    """{weight: its average} of a checkpoint whose run had --use_ema: what that run draws and saves in the end."""
+    file = checkpoint / "ema.safetensors"
+    if not file.is_file():
+        return None
+    from utils.checkpoints import nested
+
+    return nested.load(file)
+
+
+def averaged_lora(file: Path, folder: str) -> Path:
+    """The adapters to draw with: a copy in `folder` that holds the averages, where there are some."""
+    found = averages(file.parent)
+    if found is None:
+        return file
+    from safetensors.torch import save_file
+
+    save_file(found, str(Path(folder, LORA_FILE)), metadata=header(file).get("__metadata__"))
+    return Path(folder, LORA_FILE)
+
+
 def base(given: str | None, loras: list, full_checkpoint: str | None, wrong: list) -> Base | None:
     """The base model: the one given, else the one that everything saved agrees on."""
     if given:

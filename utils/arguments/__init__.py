@@ -11,6 +11,7 @@ from utils.arguments.settings import (
     Kind,
     caller,
     choice,
+    defaults,
     flag,
     folder,
     number,
@@ -22,12 +23,14 @@ from utils.arguments.settings import (
     whole,
 )
 
-__all__ = ["caller", "new_parser", "parse", "public", "save"]  # and the groups below
+__all__ = ["caller", "defaults", "new_parser", "parse", "public", "save"]  # and the groups below
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "sgd", "lion")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")
+
+ALLOW_PICKLE = "also read weights that are no safetensors (.bin), if they hold nothing but tensors"
 
 _EPILOG = """\
 Order of precedence: defaults, then --config, then the command line. A switch may carry a value, so that the command
@@ -60,6 +63,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add("variant", text, None, "file variant of the weights, e.g. fp16")
     add("tokenizer_name", folder, None, "tokenizer folder or hub name, instead of the model's own")
     add("pretrained_vae_model_name_or_path", folder, None, "VAE folder or hub name, instead of the model's own")
+    add("allow_pickle", flag, False, ALLOW_PICKLE)
 
 
 def add_dreambooth_data(parser: argparse.ArgumentParser) -> None:
@@ -221,6 +225,8 @@ def add_checkpoints(parser: argparse.ArgumentParser, output_dir: str) -> None:
     add("allow_resume_mismatch", text, None, "fields that may differ from the checkpoint's run", many=True)
     add("verify_checkpoint", choice("sizes", "full"), "sizes", "compare file sizes, or every byte's checksum")
     add("on_nan", choice("stop", "skip"), "stop", "what a loss that is not a number does; skip: leave the step out")
+    help = "what a smoothed loss far above its usual course does; stop: exit code 4"
+    add("on_loss_spike", choice("warn", "stop", "off"), "warn", help)
 
 
 def add_validation(

@@ -85,6 +85,12 @@ prompt = Kind("PROMPT", "a text", str)  # an empty prompt is a prompt
 folder = Kind("PATH", "something that is not empty", lambda written: os.path.expanduser(_filled(written)))
 
 
+class Settings(argparse.Namespace):
+    """The settings of a run; what they would be by default stands beside them, not among them."""
+
+    __slots__ = ("defaults",)
+
+
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """Defaults < --config < command line, each checked and all compared; refuses once, naming everything."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -105,14 +111,21 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     complaints += [f"--{name} is required" for name in required if name not in given]
     misread = {name for name, value in given.items() if value is None}
     given = {name: value for name, value in given.items() if value is not None}
-    args = argparse.Namespace(**(defaults | given))
+    args = Settings(**(defaults | given))
+    args.defaults = Settings(**defaults)
     found = relations.check(args, given, defaults, misread)
+    relations.check(args.defaults, {}, defaults, set())  # settles those that follow from others; complains in vain
     complaints += found.complaints
     if complaints:
         refuse(complaints, once=True)
     for warning in found.warnings:
         warn(warning)
     return args
+
+
+def defaults(args: argparse.Namespace) -> dict | None:
+    """Option -> what it is when nobody gives it; the report shows what differs first."""
+    return vars(args.defaults) if isinstance(args, Settings) else None
 
 
 def public(args: argparse.Namespace) -> dict:

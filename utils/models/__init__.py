@@ -7,9 +7,13 @@ trainable, scheduler, resolution_default, latent_channels, prompt_limit.
 
 import importlib
 import json
+import os
 from pathlib import Path
 
 from utils import errors
+
+# Read by diffusers when it is imported: no model may bring code of its own, whatever a caller asks for.
+os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EMBEDDED = {"toybox": "toybox/sd", "toybox-sdxl": "toybox/sdxl"}  # the models this repository carries
@@ -21,6 +25,7 @@ FAMILIES = {
     "StableDiffusionImg2ImgPipeline": ("stable_diffusion", "StableDiffusion"),
     "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
 }
+LIBRARIES = ("diffusers", "transformers")  # whose classes a model may name
 LATER = {"IFPipeline": "IF comes with its family", "IFSuperResolutionPipeline": "IF comes with its family"}
 
 
@@ -31,9 +36,15 @@ def resolve(name: str) -> str:
     return name
 
 
-def family_of(name: str, revision: str | None = None, variant: str | None = None):
+def family_of(
+    name: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    prediction_type: str | None = None,  # instead of the one the model's scheduler names
+    allow_pickle: bool = False,  # weights that are no safetensors; even then only tensors are read from them
+):
     """The family object of a pipeline folder or hub model, from its model_index.json alone: no weights are read."""
-    kind = read_index(name, revision).get("_class_name")
+    kind = class_name(read_index(name, revision))
     if kind in LATER:
         errors.refuse(f"--pretrained_model_name_or_path {name} is a {kind}: {LATER[kind]}")
     if kind not in FAMILIES:
@@ -42,7 +53,27 @@ def family_of(name: str, revision: str | None = None, variant: str | None = None
             f"give a model of one of: {', '.join(FAMILIES)}"
         )
     module, cls = FAMILIES[kind]
-    return getattr(importlib.import_module(f"{__name__}.{module}"), cls)(name, revision=revision, variant=variant)
+    return getattr(importlib.import_module(f"{__name__}.{module}"), cls)(
+        name, revision=revision, variant=variant, prediction_type=prediction_type, allow_pickle=allow_pickle
+    )
+
+
+def class_name(index: dict) -> str | None:
+    """Which pipeline it says it is; a list there names a file of code, which is never run."""
+    kind = index.get("_class_name")
+    return kind if isinstance(kind, str) or kind is None else f"{kind} (code of its own)"
+
+
+def component_class(name: str, revision: str | None, part: str) -> type:
+    """The class that a model's index names for one of its parts. The index is data: it chooses among two libraries'
+    classes, and imports nothing else."""
+    entry = read_index(name, revision).get(part)
+    library, kind = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    cls = getattr(importlib.import_module(library), str(kind), None) if library in LIBRARIES else None
+    if not isinstance(cls, type) or not hasattr(cls, "from_pretrained"):
+        known = " or ".join(LIBRARIES)
+        errors.refuse(f"--pretrained_model_name_or_path {name}: its {part} is {entry}, no class of {known}")
+    return cls
 
 
 def read_index(name: str, revision: str | None = None) -> dict:
@@ -63,6 +94,9 @@ def read_index(name: str, revision: str | None = None) -> dict:
                 f"({reason}); check the name, or log in with: hf auth login"
             )
     try:
-        return json.loads(Path(file).read_text(encoding="utf-8"))
+        index = json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as problem:
         errors.refuse(f"{file} is not valid JSON: {problem}")
+    if not isinstance(index, dict):
+        errors.refuse(f"{file} is no model index: it holds no names of parts")
+    return index

@@ -5,13 +5,16 @@ A family says which text encoders it has, how they are heard, and what its UNet 
 
 import copy
 import os
+import pickle
 import types
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -24,6 +27,8 @@ diffusers.utils.logging.disable_progress_bar()
 
 UNET_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")  # the attention projections
 ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+# Raised for what is missing, damaged, of another shape, or a pickle that holds more than tensors.
+UNREADABLE = (OSError, ValueError, RuntimeError, pickle.UnpicklingError, SafetensorError)
 ON_DEVICE = 256 * 2**20  # bytes of cached prompts kept beside the model; a larger table stays in main memory
 
 
@@ -40,8 +45,17 @@ class LatentDiffusion:
     tokenizers = ("tokenizer",)  # one for each encoder
     pipeline_class, pipeline_options = DiffusionPipeline, types.MappingProxyType({})
 
-    def __init__(self, name: str, revision: str | None = None, variant: str | None = None):
+    def __init__(
+        self,
+        name: str,
+        revision: str | None = None,
+        variant: str | None = None,
+        prediction_type: str | None = None,  # instead of the one the model's scheduler names
+        allow_pickle: bool = False,  # weights that are no safetensors; even then only tensors are read from them
+    ):
         self.name, self.revision, self.variant = name, revision, variant
+        self.prediction_type = prediction_type
+        self.use_safetensors = None if allow_pickle else True  # None: preferred
         self.path = os.path.expanduser(models.resolve(name))
         self.names = ("unet", *self.encoders, "vae")
         self.lora_targets = {"unet": UNET_TARGETS} | dict.fromkeys(self.encoders, ENCODER_TARGETS)
@@ -62,20 +76,22 @@ class LatentDiffusion:
         tokenizer: str | None = None,  # --tokenizer_name: another folder or hub name
         vae: str | None = None,  # --pretrained_vae_model_name_or_path: another folder or hub name
         parts: Sequence[str] | None = None,  # which of the networks; None: all
-        prediction_type: str | None = None,  # instead of the one the model's scheduler names
     ) -> None:
         """Read the networks, frozen, in evaluation mode and in `dtype`. What is to learn is raised to fp32 later."""
         self.device, self.dtype = torch.device(device), dtype
         self._vae_source, self._tokenizer_source = vae and models.resolve(vae), tokenizer
-        kind = models.read_index(self.name, self.revision)["scheduler"][1]
-        self.own_scheduler = self._read(getattr(diffusers, kind), "scheduler", weights=False)
-        if prediction_type:
-            self.own_scheduler.register_to_config(prediction_type=prediction_type)
+        kind = models.component_class(self.name, self.revision, "scheduler")
+        self.own_scheduler = self._as_trained(self._read(kind, "scheduler", weights=False))
         self.scheduler = DDPMScheduler.from_config(self.own_scheduler.config)
         for part in self.tokenizers:
             setattr(self, part, self._read_tokenizer(part))
         for name in self.names if parts is None else parts:
             self.load_module(name, dtype)
+
+    def _as_trained(self, scheduler):
+        if self.prediction_type:
+            scheduler.register_to_config(prediction_type=self.prediction_type)
+        return scheduler
 
     def load_module(self, name: str, dtype: torch.dtype) -> torch.nn.Module:
         """(Re)read one network. Full training calls it for fp32: raising rounded half-precision weights loses bits."""
@@ -99,32 +115,52 @@ class LatentDiffusion:
     def _read_vae(self, dtype: torch.dtype) -> AutoencoderKL:
         if self._vae_source:
             try:  # a VAE of its own, or the one inside a whole pipeline
-                return AutoencoderKL.from_pretrained(self._vae_source, torch_dtype=dtype, use_safetensors=True)
+                return AutoencoderKL.from_pretrained(self._vae_source, torch_dtype=dtype, **self._weights())
             except OSError:
                 return self._read(AutoencoderKL, "vae", source=self._vae_source, torch_dtype=dtype)
         return self._read(AutoencoderKL, "vae", torch_dtype=dtype)
 
     def _read(self, cls, folder: str, source: str | None = None, weights: bool = True, **options):
         if weights:
-            options |= {"use_safetensors": True, "variant": self.variant if source is None else None}
+            options |= self._weights() | {"variant": self.variant if source is None else None}
         if source is None:
             options["revision"] = self.revision
         try:
             return cls.from_pretrained(source or self.path, subfolder=folder, **options)
-        except (OSError, ValueError) as problem:
-            errors.refuse(
-                f"{source or self.name}: cannot read its {folder} ({str(problem).strip().splitlines()[0]}); "
-                "weights must be safetensors" + (f", variant {self.variant}" if self.variant else "")
-            )
+        except UNREADABLE as problem:
+            self._refuse(source or self.name, folder, problem)
+
+    def _weights(self) -> dict:
+        return {"use_safetensors": self.use_safetensors}
+
+    def _refuse(self, source: str, part: str, problem: Exception) -> NoReturn:
+        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        wanted = (
+            "safetensors (or, with --allow_pickle, a pickle)" if self.use_safetensors else "tensors and nothing else"
+        )
+        variant = f", variant {self.variant}" if self.variant else ""
+        errors.refuse(f"{source}: cannot read its {part} ({reason}); weights must be {wanted}{variant}")
 
     def _read_tokenizer(self, part: str) -> CLIPTokenizer:
         if self._tokenizer_source:
-            tokenizer = CLIPTokenizer.from_pretrained(self._tokenizer_source)
+            tokenizer = self._other_tokenizer(self._tokenizer_source)
         else:
             tokenizer = self._read(CLIPTokenizer, part, weights=False)
         if tokenizer.model_max_length > 10**6:  # a folder without tokenizer_config.json says 1e30
             tokenizer.model_max_length = 77
         return tokenizer
+
+    def _other_tokenizer(self, source: str) -> CLIPTokenizer:
+        for folder in ("", "tokenizer"):  # one of its own, or the one inside a whole pipeline
+            try:
+                tokenizer = CLIPTokenizer.from_pretrained(source, subfolder=folder)
+            except Exception as problem:  # many kinds: no such folder, not a hub name, no network, broken JSON
+                reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+                continue
+            if len(tokenizer) > 2:  # transformers makes an empty one of a folder that holds none
+                return tokenizer
+            reason = "it holds no vocabulary"
+        errors.refuse(f"--tokenizer_name {source}: no CLIP tokenizer can be read there ({reason}); give its folder")
 
     # --- What the family knows about itself --------------------------------------------------------------------
 
@@ -320,14 +356,14 @@ class LatentDiffusion:
 
     def pipeline_from_disk(self, dtype: torch.dtype) -> DiffusionPipeline:
         """The untouched base model on its own, e.g. for drawing class images before anything is loaded."""
-        return self.pipeline_class.from_pretrained(
-            self.path,
-            revision=self.revision,
-            variant=self.variant,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            **{name: value for name, value in self.pipeline_options.items() if name != "feature_extractor"},
-        )
+        options = {name: value for name, value in self.pipeline_options.items() if name != "feature_extractor"}
+        options |= self._weights() | {"revision": self.revision, "variant": self.variant, "torch_dtype": dtype}
+        try:
+            pipeline = self.pipeline_class.from_pretrained(self.path, **options)
+        except UNREADABLE as problem:
+            self._refuse(self.name, "pipeline", problem)
+        self._as_trained(pipeline.scheduler)
+        return pipeline
 
     def save_pipeline(self, folder: str | Path, skip_text_encoder: bool = False) -> None:
         """A stock pipeline folder: what learned from memory, the frozen rest from disk again in full precision."""

@@ -18,8 +18,8 @@ class StableDiffusionXL(LatentDiffusion):
     tokenizers = ("tokenizer", "tokenizer_2")
     pipeline_class = StableDiffusionXLPipeline
 
-    def __init__(self, name: str, revision: str | None = None, variant: str | None = None):
-        super().__init__(name, revision, variant)
+    def __init__(self, name: str, revision: str | None = None, variant: str | None = None, **options):
+        super().__init__(name, revision, variant, **options)
         index = models.read_index(name, revision)
         self.zeros_for_nothing = index.get("force_zeros_for_empty_prompt", True)
         # No watermark: class images are trained on.
@@ -32,14 +32,13 @@ class StableDiffusionXL(LatentDiffusion):
         tokenizer: str | None = None,
         vae: str | None = None,
         parts: Sequence[str] | None = None,
-        prediction_type: str | None = None,
     ) -> None:
         if tokenizer:
             errors.refuse(f"--tokenizer_name {tokenizer}: SDXL has two tokenizers, which one is unclear; leave it out")
-        kind = models.read_index(self.name, self.revision)["scheduler"][1]
+        kind = models.component_class(self.name, self.revision, "scheduler").__name__
         if kind.startswith("EDM"):
             errors.refuse(f"--pretrained_model_name_or_path {self.name} has an {kind}: EDM noise, not yet")
-        super().load(device, dtype, tokenizer, vae, parts, prediction_type)
+        super().load(device, dtype, tokenizer, vae, parts)
 
     def _read_vae(self, dtype: torch.dtype) -> AutoencoderKL:
         """In fp32 unless its config says that half precision is safe: the original's activations overflow fp16."""

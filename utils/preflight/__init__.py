@@ -44,7 +44,9 @@ def check(args: argparse.Namespace) -> list[Path]:
     _output(args, problems)
     _separate(args, problems)
     model, problem = model_folder.find(args)
-    problems.options += [problem] if problem else []
+    problems.options += [*([problem] if problem else []), *model_folder.elsewhere(args)]
+    # A branch moves; what a run records must name for ever what it was trained on.
+    args.revision = model_folder.commit(model) or args.revision
     photos, bad_photos = _photos(args, args.instance_data_dir, "--instance_data_dir", problems, needed=True)
     drawn, bad_drawn = None, []
     if args.with_prior_preservation:

@@ -37,7 +37,7 @@ def _incomplete(folder: Path, args: argparse.Namespace) -> str | None:
         return "is a folder without model_index.json, so it is no diffusers pipeline"
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        kind = index.get("_class_name")
+        kind = models.class_name(index)
     except (ValueError, AttributeError) as problem:
         return f"has a model_index.json that cannot be read: {problem}"
     if kind not in models.FAMILIES:
@@ -48,11 +48,35 @@ def _incomplete(folder: Path, args: argparse.Namespace) -> str | None:
     missing = [f"{name}/" for name in wanted if not (folder / name).is_dir()]
     if missing:
         return f"lacks {', '.join(missing)}: the copy is incomplete, download or save it again"
-    complaints = [_no_weights(folder / name, args.variant) for name in wanted if name in plan.NETWORKS]
+    networks = [folder / name for name in wanted if name in plan.NETWORKS]
+    complaints = [_no_weights(network, args.variant, args.allow_pickle) for network in networks]
     return next((complaint for complaint in complaints if complaint), None)
 
 
-def _no_weights(network: Path, variant: str | None) -> str | None:
+def elsewhere(args: argparse.Namespace) -> list[str]:
+    """Complaints about a VAE or tokenizer of its own. A name that is no folder here is left to the hub."""
+    complaints = []
+    for option, part, marks in (
+        ("pretrained_vae_model_name_or_path", "vae", ("config.json",)),
+        ("tokenizer_name", "tokenizer", ("tokenizer.json", "vocab.json")),
+    ):
+        name = getattr(args, option)
+        folder = Path(models.resolve(name)).expanduser() if name else None
+        if not name or any((folder / sub / mark).is_file() for sub in ("", part) for mark in marks):
+            continue
+        if folder.exists():
+            complaints.append(f"--{option} {name} holds no {part} ({' or '.join(marks)}, there or in {part}/)")
+        elif not remote.REPOSITORY.fullmatch(name) or name.startswith("."):
+            complaints.append(f"--{option} {name} does not exist here, and is no hub name of the form owner/model")
+    return complaints
+
+
+def commit(folder: Path | None) -> str | None:
+    """The commit that a folder of the hub's cache holds; None for any other folder."""
+    return folder.name if folder and folder.parent.name == "snapshots" else None
+
+
+def _no_weights(network: Path, variant: str | None, allow_pickle: bool = False) -> str | None:
     try:
         if plan.shapes(network, variant):
             return None
@@ -62,10 +86,16 @@ def _no_weights(network: Path, variant: str | None) -> str | None:
     variants = sorted({m["variant"] for m in map(plan.WEIGHTS.fullmatch, files) if m and m["variant"]})
     if variants and not variant:
         return f"has weights of {network.name} only as variant {', '.join(variants)}; add --variant {variants[0]}"
+    pickled = any(re.search(r"\.(bin|ckpt|pt)$", file) for file in files)
+    if pickled and allow_pickle:
+        return None
     if variant:
         return f"has no weights of {network.name} as variant {variant}; leave --variant out or name another"
-    if any(re.search(r"\.(bin|ckpt|pt)$", file) for file in files):
-        return f"has weights of {network.name} only as a pickle, which can run code; save them as safetensors"
+    if pickled:
+        return (
+            f"has weights of {network.name} only as a pickle, which can hold code; save them as safetensors,"
+            " or add --allow_pickle to read the tensors in it and nothing else"
+        )
     return f"has no weights in {network.name}/: the copy is incomplete, download or save it again"
 
 

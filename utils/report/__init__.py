@@ -212,7 +212,7 @@ def _charts(rows: list[dict]) -> list[dict]:
     for title, names in [("Loss", ["loss"]), ("Learning rate", rates[:3])] + [
         (titles.get(name, name.replace("_", " ").capitalize()), [name])
         for name in every
-        if name not in ("loss", "skipped", *rates)
+        if name not in ("loss", "skipped", "spike", *rates)
     ]:
         lines, lost = [], 0
         for name, stroke in zip(names, STROKES):
@@ -258,6 +258,11 @@ def _tiles(rows: list[dict], step, total, sessions: list[dict]) -> list[tuple[st
     _, losses, _ = curves.series(rows, "loss")
     if losses:
         tiles.append(("loss, smoothed", curves.number(curves.smooth(losses, curves.window_for(len(losses)))[-1])))
+    spikes, _, _ = curves.series(rows, "spike")
+    if spikes:
+        tiles.append(
+            ("loss spikes", f"{len(spikes)}, at step {', '.join(map(str, spikes[:3]))}{' …' * bool(spikes[3:])}")
+        )
     if sessions:
         tiles.append(("in all", duration(sum(s.get("seconds", 0) for s in sessions))))
         if pace := sessions[-1].get("median_step_seconds"):

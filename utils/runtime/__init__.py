@@ -34,6 +34,7 @@ def start(
     allow_tf32: bool = False,
     deterministic: bool = False,
     on_nan: str = "stop",  # or "skip": leave out optimizer steps whose gradients are not finite
+    on_loss_spike: str = "warn",  # or "stop", "off": when the smoothed loss is far above its usual course
     max_minutes: float | None = None,
     resuming: bool = False,
     compile: bool = False,  # also on when accelerate's own dynamo settings ask for it
@@ -47,7 +48,8 @@ def start(
     accelerator = startup.accelerator(mixed_precision, accumulate, report_to, Path(output_dir), logging_dir, compile)
     startup.refuse_lost_processes(accelerator.num_processes)
     startup.settle_arithmetic(allow_tf32, deterministic)
-    run = Run(accelerator, Path(output_dir), stop, accumulate=accumulate, on_nan=on_nan, log_every=log_every)
+    told = {"on_nan": on_nan, "on_loss_spike": on_loss_spike, "log_every": log_every}
+    run = Run(accelerator, Path(output_dir), stop, accumulate=accumulate, **told)
     run.resuming, run.config, run.trackers = resuming, dict(config or {}), trackers.Trackers(accelerator, project)
     run.open(seed)
     _current = run
@@ -58,7 +60,9 @@ def start(
 class Run:
     """One training run in one process; `start` makes it."""
 
-    def __init__(self, accelerator, output_dir: Path, stop, *, accumulate=1, on_nan="stop", log_every=1):
+    def __init__(
+        self, accelerator, output_dir: Path, stop, *, accumulate=1, on_nan="stop", on_loss_spike="warn", log_every=1
+    ):
         self.accelerator, self.output_dir, self.stop = accelerator, output_dir, stop
         self.accumulation, self.log_every = accumulate, log_every
         self.device, self.rank, self.world = accelerator.device, accelerator.process_index, accelerator.num_processes
@@ -71,7 +75,7 @@ class Run:
         self.session = {"began": time.strftime("%Y-%m-%d %H:%M:%S")}
         self.trackers = trackers.Trackers(accelerator, "")
         self.lock = startup.FolderLock(output_dir)
-        self.guard = guard.Guard(output_dir, on_nan, self.is_main, self.world)
+        self.guard = guard.Guard(output_dir, on_nan, self.is_main, self.world, on_loss_spike)
         self._agreed = 0  # the exit code that all processes agreed to stop with
         self._wrapped, self._parameters = {}, None  # modules as prepared; (learns, its parameters)
         self._loss, self._examples = None, []  # of the optimizer step under way
@@ -229,6 +233,7 @@ class Run:
         self.step, self.total = first_step, total
         self.accelerator.step = 0  # a loop that was broken off in a notebook may have left it in mid-step
         self.session["first_step"] = first_step
+        self.guard.recall(self.metrics.path, first_step)
         if self.is_main:
             if self.resuming:
                 startup.write_settings(self.output_dir, self.config)
@@ -266,9 +271,10 @@ class Run:
             self.scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
         norm = guard.gradient_norm(parameters)
         loss, size, self._agreed = self._agree(self._loss, norm)
-        lr = float(optimizer.param_groups[0]["lr"])
+        rates = _rates(optimizer.param_groups)
 
         stepped = self.guard.allows(self.step + 1, loss, size, self.scaler is not None, self._examples)
+        spike = self.guard.spike(self.step + 1, loss)
         if stepped and max_norm and size > max_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         if stepped:
@@ -281,7 +287,7 @@ class Run:
                     warnings.simplefilter("ignore")
                 schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        self._complete(loss, size, lr, stepped)
+        self._complete(loss, size, rates, stepped, spike)
 
     def _agree(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float, int]:
         """Mean loss, gradient norm (equal everywhere: gradients were averaged) and the highest stop code."""
@@ -295,14 +301,16 @@ class Run:
         rows = torch.stack(everyone).tolist()
         return math.fsum(row[0] for row in rows) / self.world, rows[0][1], int(max(row[2] for row in rows))
 
-    def _complete(self, loss: float, norm: float, lr: float, stepped: bool) -> None:
+    def _complete(self, loss: float, norm: float, rates: dict, stepped: bool, spike: float | None) -> None:
         seconds = self.clock.step()
         self.step += 1
-        self.told = {"loss": loss, "grad_norm": norm, "lr": lr, "seconds": round(seconds, 5)}
+        self.told = {"loss": loss, "grad_norm": norm, **rates, "seconds": round(seconds, 5)}
         if not stepped:
             self.told["skipped"] = 1
+        if spike is not None:
+            self.told["spike"] = round(spike, 2)
         if self._line:
-            self._line.step(self.step, loss, seconds, lr)
+            self._line.step(self.step, loss, seconds, rates["lr"])
 
     # Telling
 
@@ -322,3 +330,9 @@ class Run:
         """name -> PIL images, for the trackers that show pictures."""
         self.trackers.start(self.config)
         self.trackers.log_images(images, step)
+
+
+def _rates(groups: list[dict]) -> dict[str, float]:
+    """The learning rate of each group of weights: lr is the first's, lr_text_encoder that of a group of this name."""
+    names = ["lr", *(f"lr_{group.get('name', number)}" for number, group in enumerate(groups[1:], start=1))]
+    return {name: float(group["lr"]) for name, group in zip(names, groups)}

@@ -1,7 +1,12 @@
-"""Stops a run whose loss or gradients are no longer finite, before the optimizer would spread it over every weight."""
+"""Stops a run whose loss or gradients are no longer finite, before the optimizer would spread it over every weight.
+
+Also notices a loss that is finite and far above its usual course, which may be the beginning of the same end.
+"""
 
 import json
 import math
+import statistics
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -15,12 +20,24 @@ REMEDIES = (
     "Try a lower --learning_rate, --mixed_precision bf16 instead of fp16, or for SDXL a VAE that is made for fp16 "
     "(--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix); --on_nan skip leaves such steps out."
 )
+AFTER_A_SPIKE = (
+    "It may calm down by itself. If it does not: --resume_from_checkpoint with a checkpoint from before it and a lower "
+    "--learning_rate, more --lr_warmup_steps or a smaller --max_grad_norm."
+)
 
 
 class Guard:
-    def __init__(self, output_dir: Path, on_nan: str = "stop", is_main: bool = True, world: int = 1):
+    def __init__(
+        self,
+        output_dir: Path,
+        on_nan: str = "stop",
+        is_main: bool = True,
+        world: int = 1,
+        on_loss_spike: str = "off",  # or "warn", "stop"
+    ):
         self.output_dir, self.on_nan, self.is_main, self.world = Path(output_dir), on_nan, is_main, world
         self.in_a_row = 0
+        self.on_loss_spike, self.course = on_loss_spike, Course()
 
     def allows(self, step: int, loss: float, norm: float, scaled: bool, examples: list[dict]) -> bool:
         """May the optimizer take `step`? All processes call this with the same numbers, so they decide alike.
@@ -44,6 +61,35 @@ class Guard:
             errors.refuse(f"{where}; stopped before it could harm the weights. {named} {REMEDIES}", errors.DIVERGED)
         raise SystemExit(errors.DIVERGED)
 
+    def spike(self, step: int, loss: float) -> float | None:
+        """How many times its usual value the smoothed loss has reached, in the step in which that begins.
+
+        All processes call this with the same numbers and have recalled the same past, so they decide alike.
+        """
+        times = self.course.follow(loss) if self.on_loss_spike != "off" else None
+        if times is None:
+            return None
+        told = f"step {step}: the loss, smoothed over {Course.RECENT} steps, is {times:.1f} times its usual value."
+        if self.on_loss_spike == "warn":
+            if self.is_main:
+                errors.warn(f"{told} {AFTER_A_SPIKE}")
+            return times
+        if self.is_main:
+            errors.refuse(f"{told} Stopped, as --on_loss_spike stop asks. {AFTER_A_SPIKE}", errors.DIVERGED)
+        raise SystemExit(errors.DIVERGED)
+
+    def recall(self, metrics: Path, last_step: int) -> None:
+        """What the loss did before a resume."""
+        if self.on_loss_spike == "off" or not last_step or not metrics.is_file():
+            return
+        for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines()[-2 * self.course.logs.maxlen :]:
+            try:
+                row = json.loads(line)
+                if row["step"] <= last_step:
+                    self.course.follow(float(row["loss"]))
+            except (ValueError, KeyError, TypeError):  # a line cut off by a kill
+                continue
+
     def _report(self, step: int, loss: float, norm: float, examples: list[dict]) -> str:
         """Names the examples, those whose own error is not finite first; nonfinite.json tells the rest."""
         own = [
@@ -63,6 +109,40 @@ class Guard:
             told = {"step": step, "loss": str(loss), "gradient_norm": str(norm), "micro_batches_by_process": by_rank}
             startup.write_whole(self.output_dir / "nonfinite.json", json.dumps(told, indent=1, default=str))
         return f"Examples: {', '.join(map(str, (guilty or every)[:8]))} (details in nonfinite.json)."
+
+
+class Course:
+    """The usual course of a loss that jumps: a step's loss depends more on its timesteps than on the training.
+
+    In logarithms, because losses of early and late timesteps differ a hundredfold: the mean of the last RECENT steps
+    against that of up to HISTORY steps before them, where values more than three deviations from the median count as
+    three. Both the median and the deviation (1.4826 MAD) hardly feel a few extreme steps.
+    """
+
+    RECENT, HISTORY, LEAST = 32, 400, 100  # steps; no opinion before LEAST of them are behind
+    DEVIATIONS, TIMES = 4.0, 1.5  # a spike is above both: deviations of such a mean, and times the usual loss
+
+    def __init__(self):
+        self.logs = deque(maxlen=self.RECENT + self.HISTORY)
+        self.high = False
+
+    def follow(self, loss: float) -> float | None:
+        """The factor by which the loss is too high, once when that begins."""
+        if not math.isfinite(loss):
+            return None
+        self.logs.append(math.log(max(loss, 1e-12)))
+        if len(self.logs) < self.RECENT + self.LEAST:
+            return None
+        logs = list(self.logs)
+        past, recent = logs[: -self.RECENT], logs[-self.RECENT :]
+        middle = statistics.median(past)
+        spread = 1.4826 * statistics.median([abs(value - middle) for value in past])
+        low, top = middle - 3 * spread, middle + 3 * spread
+        above = math.fsum(recent) / self.RECENT - math.fsum(min(max(v, low), top) for v in past) / len(past)
+        limit = max(math.log(self.TIMES), self.DEVIATIONS * spread / math.sqrt(self.RECENT))
+        began = above > limit and not self.high
+        self.high = above > (limit / 2 if self.high else limit)  # it must calm down before it can begin again
+        return math.exp(above) if began else None
 
 
 def gradient_norm(parameters) -> torch.Tensor:
