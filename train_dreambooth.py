@@ -68,7 +68,13 @@ def main(args):
         )
 
     # Model: the UNet (and the text encoder) learn, in fp32; the rest stays frozen.
-    family.load(run.device, run.dtype, tokenizer=args.tokenizer_name, vae=args.pretrained_vae_model_name_or_path)
+    call(
+        family.load,
+        run.device,
+        run.dtype,
+        tokenizer=args.tokenizer_name,
+        vae=args.pretrained_vae_model_name_or_path,
+    )
     learns = learning.full(family, text_encoder=args.train_text_encoder)
     family.configure(args.gradient_checkpointing, xformers=args.enable_xformers_memory_efficient_attention)
 

@@ -69,7 +69,13 @@ def main(args):
         )
 
     # Model: the base stays frozen, the adapters learn.
-    family.load(run.device, run.dtype, tokenizer=args.tokenizer_name, vae=args.pretrained_vae_model_name_or_path)
+    call(
+        family.load,
+        run.device,
+        run.dtype,
+        tokenizer=args.tokenizer_name,
+        vae=args.pretrained_vae_model_name_or_path,
+    )
     learns = call(
         adapters.attach,
         family,
