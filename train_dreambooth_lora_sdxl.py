@@ -91,11 +91,14 @@ def main(args):
 
     # Data: each photo with a class image beside it; "is_class" tells which is which.
     photos = call(datasets.photos, prompt=args.instance_prompt)
+    examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * run.world
     dataset = call(
         datasets.DreamBooth,
         photos,
         datasets.pictures(class_images, args.class_prompt, is_class=True),
         size=args.resolution or family.resolution_default,
+        side_factor=family.side_factor,
+        examples_per_step=examples_per_step,
         interpolation=args.image_interpolation_mode,
         seed=run.seed,
     )
@@ -107,7 +110,6 @@ def main(args):
         family.cache_prompts([*dataset.captions(), *args.validation_prompt])  # then the encoder is released
 
     # Optimizer.
-    examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * run.world
     total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(dataset) / examples_per_step)
     scale = examples_per_step if args.scale_lr else 1
     optimizer = call(
@@ -147,7 +149,7 @@ def main(args):
             "base_model": args.pretrained_model_name_or_path,
             "revision": args.revision,
             "dataset": dataset.fingerprint(),
-            "resolution": dataset.size,
+            "resolution": dataset.resolution,
             "caption_dropout": args.caption_dropout or None,  # as in checkpoints that know no dropout
             "seed": run.seed,
             "examples_per_step": [args.train_batch_size, args.gradient_accumulation_steps, run.world],
@@ -242,7 +244,7 @@ def main(args):
                 "class images": len(class_images),
                 "examples per step": examples_per_step,
                 "learning rate": args.learning_rate * scale,
-                "resolution": dataset.size,
+                "resolution": dataset.resolution,
                 "seed": run.seed,
             },
             model_id=args.hub_model_id,

@@ -361,6 +361,7 @@ def test_first_views_are_what_the_first_visits_see(folder):
     records = {record["keys"]: record for position in range(3) for record in dataset[position]}
     views = list(dataset.first_views(2))
     assert [os.path.basename(view[0].source) for view in views] == ["a.png", "b.png"]
-    for example, caption, picture, (top, left), mask in views:
+    for example, caption, picture, (top, left), shape, mask in views:
+        assert shape == (24, 24)
         seen = images.to_tensor(picture.crop((left, top, left + 24, top + 24)))
         assert torch.equal(seen, records[example.key]["pixels"]) and caption == "p" and mask is None

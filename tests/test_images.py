@@ -224,15 +224,15 @@ def test_random_crops_reach_both_ends():
 
 @pytest.mark.parametrize("mode", images.INTERPOLATIONS)
 def test_every_interpolation_resizes(mode):
-    assert images.resize_shorter(corners(), 16, mode).size == (24, 16)
+    assert images.resize_to_cover(corners(), 16, mode).size == (24, 16)
 
 
 def test_resizing_does_not_alias_and_refuses_lines():
     stripes = Image.fromarray(np.tile(np.array([0, 255], dtype=np.uint8), (64, 32))).convert("RGB")
-    assert np.asarray(images.resize_shorter(stripes, 16)).std() < 20
-    assert np.asarray(images.resize_shorter(stripes, 16, "nearest_exact")).std() in (0.0, 127.5)
+    assert np.asarray(images.resize_to_cover(stripes, 16)).std() < 20
+    assert np.asarray(images.resize_to_cover(stripes, 16, "nearest_exact")).std() in (0.0, 127.5)
     with pytest.raises(images.BadImage, match="far too long"):
-        images.resize_shorter(Image.new("RGB", (3000, 1)), 512)
+        images.resize_to_cover(Image.new("RGB", (3000, 1)), 512)
 
 
 def test_to_tensor_is_exact_at_the_ends():

@@ -216,7 +216,8 @@ dataset = datasets.DreamBooth(datasets.pictures(found, "p"), size=16)
 family = Family()
 cache.latents(CacheRun(run.rank, run.world), family, dataset, "on")
 drawn = sum(len(prompts) for prompts, *_ in pipeline.calls)
-told = [len(found), drawn, family.encoded, dataset.latents.mean.double().sum().item()]
+latents = sum(mean.double().sum().item() for mean, _ in dataset.latents.rows.values())
+told = [len(found), drawn, family.encoded, latents]
 Path(sys.argv[1]).with_name(f"rank{run.rank}.json").write_text(json.dumps(told))
 state.destroy_process_group()
 """

@@ -286,7 +286,7 @@ def test_the_contact_sheet_shows_crop_caption_and_tokens(tmp_path):
     page = report.Report(SimpleNamespace(output_dir=str(tmp_path), is_main=True)).build()
     assert page.count('<a href="data_preview.png"><img src="data:image/jpeg;base64,') == 1
     square = Image.new("RGB", (8, 8))
-    assert sheets.lit(square, 0, 0, 8) is square, "where nothing is cut off nothing is drawn"
+    assert sheets.lit(square, 0, 0, (8, 8)) is square, "where nothing is cut off nothing is drawn"
 
 
 def test_importing_the_report_loads_nothing_heavy():

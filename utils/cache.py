@@ -5,6 +5,7 @@ as an uncached one, and with the same draws it sees the same latents.
 """
 
 import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -15,21 +16,20 @@ AUTO_LIMIT = 8 * 2**30  # bytes in main memory that `auto` takes at most; `on` t
 
 
 class Latents:
-    """Posterior mean and standard deviation for every (picture, mirrored or not), fp32 in main memory.
+    """Posterior mean and standard deviation for every (picture, mirrored or not, shape), fp32 in main memory.
 
     Not pinned itself: the loader copies rows into batches, and pins those.
     """
 
-    def __init__(self, rows: dict[tuple[str, bool], int], mean: torch.Tensor, std: torch.Tensor):
-        self.rows, self.mean, self.std = rows, mean, std  # mean, std: (rows, channels, height, width)
+    def __init__(self, rows: dict[tuple[str, bool, tuple[int, int]], tuple[torch.Tensor, torch.Tensor]]):
+        self.rows = rows  # => mean, std: (channels, height, width)
 
-    def get(self, key: str, flip: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        row = self.rows[key, bool(flip)]
-        return self.mean[row], self.std[row]
+    def get(self, key: str, flip: bool, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.rows[key, bool(flip), shape]
 
     @property
     def bytes(self) -> int:
-        return 2 * self.mean.numel() * self.mean.element_size()
+        return sum(mean.nbytes + std.nbytes for mean, std in self.rows.values())
 
 
 def latents(run, family, dataset, mode: str = "auto") -> None:
@@ -39,8 +39,8 @@ def latents(run, family, dataset, mode: str = "auto") -> None:
     if dataset.varying_crops():
         if mode == "on":
             errors.refuse(
-                "--cache_latents on needs crops that stay where they are, and these photos are not square: "
-                "add --center_crop, or use --cache_latents auto"
+                "--cache_latents on needs crops that stay where they are, and these photos are not as wide and high as "
+                "their crop: add --center_crop, or use --cache_latents auto"
             )
         run.say("latents are not cached: crops vary, add --center_crop (or use square photos) to train faster")
         return
@@ -54,37 +54,38 @@ def latents(run, family, dataset, mode: str = "auto") -> None:
 
 def _encode(run, family, dataset, limit: int | None) -> Latents | None:
     flips = (False, True) if dataset.random_flip else (False,)
-    distinct = {example.key: example for example in dataset.examples}  # the same picture twice is encoded once
-    todo = [(example, flip) for example in distinct.values() for flip in flips]
-    rows = {(example.key, flip): row for row, (example, flip) in enumerate(todo)}
-    # Each rank encodes its share. Batches are cut alike each time, so that a resumed run computes the same bits.
-    share = range(run.rank, len(todo), run.world)
-    batch = max(1, min(16, 4 * 512**2 // dataset.size**2))
-    mean = std = None
-    done = []
-    with ThreadPoolExecutor(max(1, min(batch, os.cpu_count() or 1))) as pool:
-        for start in range(0, len(share), batch):
+    todo = [(example, flip, shape) for example, shape in dataset.pairs() for flip in flips]
+    rows = [(example.key, flip, shape) for example, flip, shape in todo]
+    found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    with ThreadPoolExecutor(max(1, min(16, os.cpu_count() or 1))) as pool:
+        for chunk in _batches([shape for *_, shape in todo], run.rank, run.world):
             if run.stopping:
                 break
-            chunk = list(share[start : start + batch])
             pixels = torch.stack(list(pool.map(lambda row: dataset.pixels(*todo[row], remember=False), chunk)))
-            found = [part.float().cpu() for part in family.posterior(pixels.to(run.device))]  # (b, c, h, w) each
-            if mean is None:
-                mean, std = (torch.empty(len(todo), *part.shape[1:]) for part in found)
-                if limit is not None and 2 * 4 * mean.numel() > limit:
-                    run.say(f"latents are not cached: they would take {8 * mean.numel() / 2**30:.0f} GiB of memory")
+            parts = [part.float().cpu() for part in family.posterior(pixels.to(run.device))]  # (b, c, h, w) each
+            if not found and limit is not None:
+                each = 2 * parts[0].nbytes / pixels[:, 0].numel()  # bytes a pixel
+                needed = each * sum(width * height for *_, (width, height) in todo)
+                if needed > limit:
+                    run.say(f"latents are not cached: they would take {needed / 2**30:.0f} GiB of memory")
                     return None
-            mean[chunk], std[chunk] = found
-            done += chunk
+            # Rows of their own, so that none keeps its whole batch alive.
+            found |= {row: tuple(part[k].clone() for part in parts) for k, row in enumerate(chunk)}
     if run.world > 1:
         from accelerate.utils import gather_object
 
-        for row, one_mean, one_std in gather_object([(row, mean[row].clone(), std[row].clone()) for row in done]):
-            if mean is None:
-                mean, std = torch.empty(len(todo), *one_mean.shape), torch.empty(len(todo), *one_std.shape)
-            mean[row], std[row] = one_mean, one_std
-            done.append(row)
-    if len(set(done)) < len(todo):  # a signal came; every rank sees the same gap
+        found = {row: parts for row, *parts in gather_object([(row, *parts) for row, parts in found.items()])}
+    if len(found) < len(todo):  # a signal came; every rank sees the same gap
         return None
-    run.say(f"{len(todo)} latents cached, {2 * 4 * mean.numel() / 2**20:.1f} MiB")
-    return Latents(rows, mean, std)
+    latents = Latents({rows[row]: tuple(parts) for row, parts in sorted(found.items())})
+    run.say(f"{len(todo)} latents cached, {latents.bytes / 2**20:.1f} MiB")
+    return latents
+
+
+def _batches(shapes: Sequence[tuple[int, int]], rank: int, world: int) -> Iterator[list[int]]:
+    """This rank's share of the rows, in batches of one shape; cut alike each time, so that a resumed run computes the
+    same bits."""
+    for shape in dict.fromkeys(shapes):
+        share = [row for row, other in enumerate(shapes) if other == shape][rank::world]
+        size = max(1, min(16, 4 * 512**2 // (shape[0] * shape[1])))
+        yield from (share[start : start + size] for start in range(0, len(share), size))

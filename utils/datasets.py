@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from utils import buckets, errors, images, masks, randomness
 from utils import captions as caption_files
-from utils import errors, images, masks, randomness
 
 REMEMBERED = 2**29  # bytes of resized pictures kept between visits, so that a photo is decoded once and not each epoch
 
@@ -30,6 +30,8 @@ class Example:
     is_class: bool = False
     key: str = ""  # short identity of the picture's content
     mask: Any = None  # a masks.Mask: where the picture counts; None: everywhere
+    concept: int = 0  # which subject it belongs to: a class example stands beside an instance example of its own
+    repeats: int = 1  # how often it counts in an epoch, beside those that all examples have
 
 
 class Row:
@@ -167,14 +169,18 @@ class DreamBooth(Dataset):
     Items are asked for by global position, any integer from 0 on, and the stream never ends: epoch after epoch each
     shows every example once. dataset[position] is a list of one or two records with
 
-        pixels            (3, size, size) fp32 in [-1, 1]; or, once `latents` holds them,
+        pixels            (3, height, width) fp32 in [-1, 1]; or, once `latents` holds them,
         latent_mean, latent_std  (channels, height, width) fp32
         captions, keys    text
-        mask              (1, size, size) uint8, white where the picture counts; only if some photo has a mask
+        mask              (1, height, width) uint8, white where the picture counts; only if some photo has a mask
         is_class          bool
         ids               2 * position for the instance, 2 * position + 1 for the class: noise is drawn by it
         original_size     (height, width) of the upright photo
         crop_top_left     (top, left) of the crop in the resized (and mirrored) photo
+
+    All pictures are square, or with `resolution_buckets` each photo has the nearest of several shapes. Then those of a
+    whole optimizer step share one, class examples included, however it is split over micro-steps and processes;
+    an epoch is as many steps as show every photo, and what a shape lacks to fill its last step is shown again.
     """
 
     def __init__(
@@ -188,16 +194,29 @@ class DreamBooth(Dataset):
         seed: int = 0,
         repeats: int = 1,  # how often an instance picture counts in an epoch
         caption_dropout: float = 0.0,  # share of visits with an empty caption: what guidance compares with
+        resolution_buckets: str = buckets.OFF,  # off, auto, or shapes as buckets.spelled writes them
+        side_factor: int = buckets.SIDE,  # pixels of which the model wants sides to be a multiple; for buckets
+        examples_per_step: int = 1,  # of all processes and micro-steps; for buckets
     ):
         self.instance, self.classes = list(instance), list(classes)
         self.size, self.center_crop, self.random_flip = size, center_crop, random_flip
         self.interpolation, self.seed, self.repeats = interpolation, seed, repeats
-        self.caption_dropout = caption_dropout
+        self.caption_dropout, self.examples_per_step = caption_dropout, examples_per_step
         self.masked = any(example.mask for example in self.instance)
+        self.visits = [place for place, one in enumerate(self.instance) for _ in range(one.repeats)]
+        self._class_of = {one.concept: [other for other in classes if other.concept == one.concept] for one in instance}
         self.latents = None  # cache.latents puts the posteriors here
         self._sizes: dict[str, tuple[int, int]] = {}
-        self._remembered: dict[str, Any] = {}
+        self._remembered: dict[tuple[str, tuple[int, int]], Any] = {}
         self._room = REMEMBERED
+        self.shapes = buckets.shapes(resolution_buckets, size, side_factor) or [(size, size)]
+        self._in_shape: dict[tuple[int, int], list[int]] = {}  # visits; shapes that no photo has are not here
+        fitting = [
+            buckets.nearest(*self._size_of(one), self.shapes) if self.bucketed else self.shapes[0]
+            for one in self.instance
+        ]
+        for place in self.visits:
+            self._in_shape.setdefault(fitting[place], []).append(place)
 
     @property
     def examples(self) -> list[Example]:
@@ -214,43 +233,88 @@ class DreamBooth(Dataset):
             [example.key, example.caption, example.is_class, *([example.mask.key] if example.mask else [])]
             for example in self.examples
         ]
+        if any(example.concept or example.repeats > 1 for example in self.examples):  # else as it always was
+            rows += [[example.concept, example.repeats] for example in self.examples]
+        if self.bucketed:
+            rows += [self.resolution, self.repeats]
         return hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
 
+    @property
+    def bucketed(self) -> bool:
+        return self.shapes != [(self.size, self.size)]
+
+    @property
+    def resolution(self) -> int | str:
+        """As people and checkpoints are told it."""
+        return f"{self.size} in buckets {', '.join(map(buckets.label, self.shapes))}" if self.bucketed else self.size
+
     def __len__(self) -> int:
-        return max(len(self.instance) * self.repeats, len(self.classes))
+        return max(self._epoch * (1 if self.bucketed else self.repeats), len(self.classes))
+
+    @property
+    def _epoch(self) -> int:
+        """Visits after which a new order begins."""
+        if not self.bucketed:
+            return len(self.visits)
+        counts = map(len, self._in_shape.values())
+        return self.examples_per_step * buckets.steps(counts, self.examples_per_step, self.repeats)
+
+    def _visit(self, position: int) -> tuple[int, tuple[int, int]]:
+        """Which instance example is shown at `position`, and in which shape."""
+        if not self.bucketed:
+            return self.visits[randomness.slot(self.seed, position, len(self.visits))], self.shapes[0]
+        epoch, rest = divmod(position, self._epoch)
+        counts = tuple(map(len, self._in_shape.values()))
+        groups = randomness.groups(self.seed, epoch, counts, self.examples_per_step, self.repeats)
+        which, group = groups[rest // self.examples_per_step]
+        shape = list(self._in_shape)[which]
+        return self._in_shape[shape][group[rest % self.examples_per_step]], shape
 
     def __getitem__(self, position: int) -> list[dict]:
-        place = randomness.slot(self.seed, position, len(self.instance))
-        records = [self._record(self.instance[place], 2 * position)]
-        if self.classes:
-            place = randomness.slot(self.seed, position, len(self.classes), "class order")
-            records.append(self._record(self.classes[place], 2 * position + 1))
+        place, shape = self._visit(position)
+        example = self.instance[place]
+        records = [self._record(example, 2 * position, shape)]
+        if classes := self._class_of[example.concept]:
+            place = randomness.slot(self.seed, position, len(classes), "class order")
+            records.append(self._record(classes[place], 2 * position + 1, shape))
         return records
 
-    def first_views(self, most: int) -> Iterator[tuple[Example, str, Any, tuple[int, int], Any]]:
+    def first_views(self, most: int) -> Iterator[tuple[Example, str, Any, tuple[int, int], tuple[int, int], Any]]:
         """The first photos in their order, each as its first visit shows it: example, caption, the resized (and
-        mirrored) picture, (top, left) of the crop, its mask. Like every view a pure function: looking changes nothing.
-        """
-        count = len(self.instance)
-        visits = {randomness.slot(self.seed, position, count): position for position in range(count)}
+        mirrored) picture, (top, left) of the crop and its (width, height), its mask. Like every view a pure function:
+        looking changes nothing."""
+        visits: dict[int, int] = {}
+        for position in range(self._epoch):
+            visits.setdefault(self._visit(position)[0], position)
         for place, example in enumerate(self.instance[:most]):
-            caption, flip, corner = self._view(example, 2 * visits[place])
-            mask = _mirrored(self._resized_mask(example), flip) if example.mask else None
-            yield example, caption, _mirrored(self._picture(example, remember=True), flip), corner, mask
+            shape = self._visit(visits[place])[1]
+            caption, flip, corner = self._view(example, 2 * visits[place], shape)
+            mask = _mirrored(self._resized_mask(example, shape), flip) if example.mask else None
+            picture = _mirrored(self._picture(example, shape, remember=True), flip)
+            yield example, caption, picture, corner, shape, mask
 
-    def _view(self, example: Example, number: int) -> tuple[str, bool, tuple[int, int]]:
+    def pairs(self) -> list[tuple[Example, tuple[int, int]]]:
+        """Every example with every shape it is shown in."""
+        found = {}
+        for shape, places in self._in_shape.items():
+            shown = [self.instance[place] for place in dict.fromkeys(places)]
+            beside = [one for concept in dict.fromkeys(one.concept for one in shown) for one in self._class_of[concept]]
+            found |= {(example.key, shape): example for example in shown + beside}
+        return [(example, shape) for (_, shape), example in found.items()]
+
+    def _view(self, example: Example, number: int, shape: tuple[int, int]) -> tuple[str, bool, tuple[int, int]]:
         """Which caption, whether mirrored, and (top, left) of the crop."""
         caption = example.caption
         if not isinstance(caption, str):
             caption = randomness.rng(self.seed, "caption", number).choice(caption)
         flip = self.random_flip and randomness.rng(self.seed, "flip", number).random() < 0.5
-        resized = images.resized_size(*self._size_of(example), self.size)
+        resized = images.resized_size(*self._size_of(example), shape)
         # With cached latents too: the place is then the only one possible.
         rng = randomness.rng(self.seed, "crop", number)
-        return caption, flip, images.crop_place(*resized, self.size, self.center_crop, rng)
+        return caption, flip, images.crop_place(*resized, shape, self.center_crop, rng)
 
-    def _record(self, example: Example, number: int) -> dict:
-        caption, flip, place = self._view(example, number)
+    def _record(self, example: Example, number: int, shape: tuple[int, int]) -> dict:
+        caption, flip, place = self._view(example, number, shape)
         if self.caption_dropout and randomness.rng(self.seed, "dropout", number).random() < self.caption_dropout:
             caption = ""
         record = {
@@ -262,34 +326,41 @@ class DreamBooth(Dataset):
             "crop_top_left": place,
         }
         if self.masked:
-            record["mask"] = self._mask(example, flip, place)
+            record["mask"] = self._mask(example, flip, shape, place)
         if self.latents is None:
-            return record | {"pixels": self.pixels(example, flip, place)}
-        mean, std = self.latents.get(example.key, flip)
+            return record | {"pixels": self.pixels(example, flip, shape, place)}
+        mean, std = self.latents.get(example.key, flip, shape)
         return record | {"latent_mean": mean, "latent_std": std}
 
     # Pictures
 
     def varying_crops(self) -> bool:
-        """Whether a picture is seen through different crops; pictures that are square once resized never are."""
-        square = (self.size, self.size)
+        """Whether a picture is seen through different crops; one that has its shape once resized never is."""
         return not self.center_crop and any(
-            images.resized_size(*self._size_of(example), self.size) != square for example in self.examples
+            images.resized_size(*self._size_of(example), shape) != shape for example, shape in self.pairs()
         )
 
-    def pixels(self, example: Example, flip: bool, place: tuple[int, int] | None = None, remember: bool = True):
-        """The (3, size, size) crop at `place` (None: the centre) of a picture that is mirrored first."""
-        picture = _mirrored(self._picture(example, remember), flip)
-        top, left = place or images.crop_place(*picture.size, self.size, center=True)
-        return images.to_tensor(picture.crop((left, top, left + self.size, top + self.size)))
+    def pixels(
+        self,
+        example: Example,
+        flip: bool,
+        shape: tuple[int, int],
+        place: tuple[int, int] | None = None,  # None: the centre
+        remember: bool = True,
+    ):
+        """(3, height, width): the crop at `place` of a picture that is mirrored first."""
+        picture = _mirrored(self._picture(example, shape, remember), flip)
+        top, left = place or images.crop_place(*picture.size, shape, center=True)
+        return images.to_tensor(picture.crop((left, top, left + shape[0], top + shape[1])))
 
-    def _mask(self, example: Example, flip: bool, place: tuple[int, int]) -> torch.Tensor:
-        """The same crop of the photo's mask, (1, size, size) uint8; class images and photos without one count whole."""
+    def _mask(self, example: Example, flip: bool, shape: tuple[int, int], place: tuple[int, int]) -> torch.Tensor:
+        """The same crop of the photo's mask, uint8; class images and photos without one count whole."""
+        width, height = shape
         if example.mask is None:
-            return torch.full((1, self.size, self.size), 255, dtype=torch.uint8)
+            return torch.full((1, height, width), 255, dtype=torch.uint8)
         top, left = place
-        mask = _mirrored(self._resized_mask(example), flip).crop((left, top, left + self.size, top + self.size))
-        return torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(1, self.size, self.size)
+        mask = _mirrored(self._resized_mask(example, shape), flip).crop((left, top, left + width, top + height))
+        return torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(1, height, width)
 
     def forget(self) -> None:
         """Lets go of the decoded pictures."""
@@ -301,24 +372,24 @@ class DreamBooth(Dataset):
             self._sizes[example.key] = images.size_of(example.source)
         return self._sizes[example.key]
 
-    def _picture(self, example: Example, remember: bool):
+    def _picture(self, example: Example, shape: tuple[int, int], remember: bool):
         """Decoded and resized; remembered while there is room."""
         read = lambda: images.open_rgb(example.source)  # noqa: E731
-        return self._resized(example.key, read, self.interpolation, remember)
+        return self._resized(example.key, read, shape, self.interpolation, remember)
 
-    def _resized_mask(self, example: Example):
+    def _resized_mask(self, example: Example, shape: tuple[int, int]):
         # "box" is the share of area: other filters would let a little of what is masked shine through.
-        return self._resized(example.mask.key, example.mask.open, "box")
+        return self._resized(example.mask.key, example.mask.open, shape, "box")
 
-    def _resized(self, key: str, read: Callable, interpolation: str, remember: bool = True):
-        if key in self._remembered:
-            return self._remembered[key]
-        picture = images.resize_shorter(_patiently(read), self.size, interpolation)
+    def _resized(self, key: str, read: Callable, shape: tuple[int, int], interpolation: str, remember: bool = True):
+        if (key, shape) in self._remembered:
+            return self._remembered[key, shape]
+        picture = images.resize_to_cover(_patiently(read), shape, interpolation)
         worker = get_worker_info()  # each worker process remembers for itself
         needed = len(picture.getbands()) * picture.width * picture.height * (worker.num_workers if worker else 1)
         if remember and needed <= self._room:
             self._room -= needed
-            self._remembered[key] = picture
+            self._remembered[key, shape] = picture
         return picture
 
 
@@ -378,6 +449,8 @@ def loader(
     workers: int = 0,
 ) -> DataLoader:
     """Endless batches of this rank. Every optimizer step has the same number of examples: no ragged last batch."""
+    if dataset.bucketed and dataset.examples_per_step != batch_size * world * accumulate:
+        raise ValueError("the buckets were filled for steps of another size")
     workers = 0 if dataset.latents is not None else workers  # nothing is left to prepare
     return DataLoader(
         dataset,

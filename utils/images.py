@@ -121,17 +121,20 @@ def size_of(source) -> tuple[int, int]:
         return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 
 
-def inspect(paths, min_side: int | None = None, max_pixels: int = MAX_PIXELS, look=None) -> list[Report]:
+def inspect(
+    paths, min_side: int | None = None, max_pixels: int = MAX_PIXELS, look=None, square: bool = True
+) -> list[Report]:
     """Decodes every picture completely, since a header says nothing about a truncated file; never raises.
 
     look: what else to find out about each upright RGB image, while it is decoded.
+    square: crops will be, so that much of a long picture is lost.
     """
     paths = list(paths)
     with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1, len(paths)))) as pool:
-        return list(pool.map(lambda path: _inspect(path, min_side, max_pixels, look), paths))
+        return list(pool.map(lambda path: _inspect(path, min_side, max_pixels, look, square), paths))
 
 
-def _inspect(path, min_side: int | None, max_pixels: int, look) -> Report:
+def _inspect(path, min_side: int | None, max_pixels: int, look, square: bool) -> Report:
     report = Report(path)
     try:
         with _opened(path, max_pixels) as image:
@@ -145,7 +148,7 @@ def _inspect(path, min_side: int | None, max_pixels: int, look) -> Report:
         shorter, longer = sorted((width, height))
         if longer > MAX_RATIO * shorter:
             report.problem = f"is {width}x{height}: the longer side is more than {MAX_RATIO} times the shorter"
-        elif longer > 3 * shorter:
+        elif square and longer > 3 * shorter:
             report.warnings.append(f"is {width}x{height}: a square crop shows {shorter / longer:.0%} of it")
         if min_side and shorter < min_side:
             report.warnings.append(f"is {width}x{height}: smaller than {min_side}, it will be enlarged and soft")
@@ -296,27 +299,37 @@ def _to_srgb(image, profile: bytes | None, notes: list[str]):
 # Fitting
 
 
-def resized_size(width: int, height: int, size: int) -> tuple[int, int]:
-    """(width, height) once the shorter side is `size`; rounded down like torchvision's Resize."""
-    if width <= height:
-        return size, int(size * height / width)
-    return int(size * width / height), size
+def sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of a crop that is given by its side or by both."""
+    return (size, size) if isinstance(size, int) else size
 
 
-def resize_shorter(image, size: int, interpolation: str = "lanczos"):
+def resized_size(width: int, height: int, size: int | tuple[int, int]) -> tuple[int, int]:
+    """(width, height) once the picture just covers `size`: of a square, once its shorter side is that long.
+
+    Rounded down like torchvision's Resize.
+    """
+    wide, high = sides(size)
+    if width * high <= height * wide:
+        return wide, int(wide * height / width)
+    return int(high * width / height), high
+
+
+def resize_to_cover(image, size: int | tuple[int, int], interpolation: str = "lanczos"):
     from PIL import Image
 
     width, height = resized_size(*image.size, size)
-    if max(width, height) > MAX_RATIO * size:
+    if max(width, height) > MAX_RATIO * max(sides(size)):
         raise BadImage(name_of(image), f"is {image.width}x{image.height}: far too long for its shorter side")
     if image.size == (width, height):
         return image
     return image.resize((width, height), Image.Resampling[INTERPOLATIONS[interpolation]])
 
 
-def crop_place(width: int, height: int, size: int, center: bool, rng=None) -> tuple[int, int]:
-    """(top, left) of a square of side `size` inside a width x height picture; `rng` is a random.Random."""
-    spare_rows, spare_columns = max(0, height - size), max(0, width - size)
+def crop_place(width: int, height: int, size: int | tuple[int, int], center: bool, rng=None) -> tuple[int, int]:
+    """(top, left) of a crop of `size` inside a width x height picture; `rng` is a random.Random."""
+    wide, high = sides(size)
+    spare_rows, spare_columns = max(0, height - high), max(0, width - wide)
     if center:
         return round(spare_rows / 2), round(spare_columns / 2)
     return rng.randint(0, spare_rows), rng.randint(0, spare_columns)

@@ -35,6 +35,23 @@ def slot(seed: int, position: int, count: int, purpose: str = "order") -> int:
     return order(seed, position // count, count, purpose)[position % count]
 
 
+@functools.lru_cache(maxsize=8)
+def groups(seed: int, epoch: int, counts: tuple[int, ...], size: int, passes: int = 1) -> list[tuple[int, list[int]]]:
+    """The groups of `size` in which `epoch` visits several lists of so many examples: [(which list, which of it)].
+
+    No group mixes lists. Each list is gone through `passes` times, in a new order each time; its last group is filled
+    up from its first visits, so nothing is left out and nothing waits. Not to be modified.
+    """
+    found = []
+    for number, count in enumerate(counts):
+        purpose = f"order of list {number}"
+        visits = [one for k in range(passes) for one in order(seed, epoch * passes + k, count, purpose)]
+        for start in range(0, len(visits), size):
+            found.append((number, [visits[(start + k) % len(visits)] for k in range(size)]))
+    rng(seed, "order of groups", epoch, len(found)).shuffle(found)
+    return found
+
+
 def positions(step: int, micro: int, rank: int, *, batch: int, world: int = 1, accumulate: int = 1) -> range:
     """The global positions of one micro batch; `step` counts optimizer steps from 0, `micro` within the step."""
     first = ((step * accumulate + micro) * world + rank) * batch

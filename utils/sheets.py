@@ -45,18 +45,17 @@ def contact(cells: Sequence, notes: Sequence[Sequence[str]], marked: Sequence[bo
     return sheet
 
 
-def lit(image, top: int, left: int, size: int):
-    """The square at (top, left) as it is, framed, and what lies outside of it pale."""
+def lit(image, top: int, left: int, shape: tuple[int, int]):
+    """The (width, height) at (top, left) as it is, framed, and what lies outside of it pale."""
     from PIL import Image, ImageDraw
 
-    if image.size == (size, size):
+    if image.size == shape:
         return image
-    box = (left, top, left + size, top + size)
+    box = (left, top, left + shape[0], top + shape[1])
     pale = Image.blend(image, Image.new("RGB", image.size, "white"), 0.7)
     pale.paste(image.crop(box), box)
-    ImageDraw.Draw(pale).rectangle(
-        (left, top, left + size - 1, top + size - 1), outline="#e02020", width=1 + size // 200
-    )
+    frame = (left, top, box[2] - 1, box[3] - 1)
+    ImageDraw.Draw(pale).rectangle(frame, outline="#e02020", width=1 + min(shape) // 200)
     return pale
 
 

@@ -7,6 +7,7 @@ library: --help and a typo answer at once.
 
 import argparse
 
+from utils import buckets
 from utils.arguments.settings import (
     Kind,
     caller,
@@ -90,6 +91,10 @@ def add_dreambooth_data(parser: argparse.ArgumentParser) -> None:
 def _add_images(add) -> None:
     help = "pixels of the shorter side after resizing, and of the square crop"
     add("resolution", whole(8), None, help, unset="the model's own: 512, 768 or 1024")
+    kind = Kind("auto|WxH,...", "auto, off, or sizes such as 512x512,448x576, multiples of 8", buckets.spelled)
+    help = "photos keep their shape: cropped to the nearest of these, width x height; without a value: about as many"
+    help += " pixels as --resolution squared, no side above 4 times the other"
+    add("resolution_buckets", kind, buckets.OFF, help, bare=buckets.AUTO)
     add("center_crop", flag, False, "crop the centre instead of a new random place each time")
     add("random_flip", flag, False, "mirror half of the photos, chosen anew each time")
     add("image_interpolation_mode", choice(*INTERPOLATIONS), "lanczos", "filter used for resizing")

@@ -2,12 +2,13 @@
 
 Every family has: load, posterior, latents, encode_prompts, cache_prompts, condition, predict, sampling_prompts,
 pipeline, pipeline_from_disk, configure, save_pipeline, use, and the attributes label, names, encoders, lora_targets,
-trainable, scheduler, resolution_default, latent_channels, prompt_limit.
+trainable, scheduler, resolution_default, side_factor, latent_channels, prompt_limit.
 """
 
 import importlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from utils import errors
@@ -74,6 +75,11 @@ def component_class(name: str, revision: str | None, part: str) -> type:
         known = " or ".join(LIBRARIES)
         errors.refuse(f"--pretrained_model_name_or_path {name}: its {part} is {entry}, no class of {known}")
     return cls
+
+
+def side_factor(vae: Mapping, unet: Mapping) -> int:
+    """Pixels of which a picture's side should be a multiple, from two configurations: both networks halve it often."""
+    return 2 ** (len(vae["block_out_channels"]) - 1 + len(unet["block_out_channels"]) - 1)
 
 
 def read_index(name: str, revision: str | None = None) -> dict:

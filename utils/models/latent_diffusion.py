@@ -178,6 +178,11 @@ class LatentDiffusion:
         return self.unet.config.sample_size * self.shrinking
 
     @property
+    def side_factor(self) -> int:
+        """Pixels of which a picture's side should be a multiple."""
+        return models.side_factor(self.vae.config, self.unet.config)
+
+    @property
     def prompt_limit(self) -> int:
         """Tokens a prompt may have, begin and end marks included."""
         return self.tokenizer.model_max_length

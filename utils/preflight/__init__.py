@@ -11,9 +11,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from utils import captions, images, masks
+from utils import buckets, captions, images, masks
 from utils.errors import DATA, OPTIONS, refuse, warn
-from utils.preflight import model_folder, plan, quality, remote
+from utils.preflight import model_folder, plan, quality, remote, shapes
 
 # By these an earlier run is recognised; a start that failed leaves less, and may be repeated.
 STARTED = (".run.lock", "training_config.yaml")
@@ -51,7 +51,9 @@ def check(args: argparse.Namespace) -> list[Path]:
     drawn, bad_drawn = None, []
     if args.with_prior_preservation:
         drawn, bad_drawn = _photos(args, args.class_data_dir, "--class_data_dir", problems, needed=False)
-    outline = plan.outline(args, model, _count(photos), args.num_class_images if args.with_prior_preservation else 0)
+    filled = shapes.fill(args, model, shapes.named(photos or ()))
+    class_images = args.num_class_images if args.with_prior_preservation else 0
+    outline = plan.outline(args, model, _count(photos), class_images, buckets.counts(filled))
     if not args.max_train_steps and outline.steps and (args.lr_warmup_steps or 0) >= outline.steps:
         problems.options.append(
             f"--lr_warmup_steps {args.lr_warmup_steps} leaves nothing of the {outline.steps} steps that "
@@ -68,7 +70,7 @@ def check(args: argparse.Namespace) -> list[Path]:
         _create(args.output_dir)
         if args.overwrite_output_dir and os.environ.get("RANK", "0") == "0":
             _clear(Path(args.output_dir))
-    _summary(args, photos, drawn, bad_photos + bad_drawn)
+    _summary(args, photos, drawn, bad_photos + bad_drawn, filled)
     return bad_photos + bad_drawn
 
 
@@ -76,9 +78,10 @@ def print_plan(args: argparse.Namespace) -> None:
     """--dry_run: what would learn, for how long, with how much memory and disk. Nothing is loaded or written."""
     if os.environ.get("RANK", "0") != "0":
         return
-    photos = images.list_images(args.instance_data_dir) if args.instance_data_dir else None
-    class_images = args.num_class_images if args.with_prior_preservation else 0
-    outline = plan.outline(args, model_folder.find(args)[0], _count(photos), class_images)
+    photos = images.inspect(images.list_images(args.instance_data_dir)) if args.instance_data_dir else None
+    model, class_images = model_folder.find(args)[0], args.num_class_images if args.with_prior_preservation else 0
+    filled = shapes.fill(args, model, shapes.named(report for report in photos or () if not report.problem))
+    outline = plan.outline(args, model, _count(photos), class_images, buckets.counts(filled))
     print("\n".join(["plan (nothing was loaded, nothing was written)", *plan.lines(outline, args)]))
 
 
@@ -190,7 +193,8 @@ def _photos(args, folder: str | None, option: str, problems: Problems, needed: b
         _, complaints = captions.read(folder, pictures, args.instance_prompt, args.caption_column, **words)
         problems.data += complaints
     # Class images are the model's own, and may look alike.
-    wanted = {"min_side": args.resolution, "look": quality.look} if needed else {}
+    square = args.resolution_buckets == buckets.OFF  # else the report of the buckets tells what is cut and enlarged
+    wanted = {"min_side": square and args.resolution, "look": quality.look, "square": square} if needed else {}
     reports = images.inspect(pictures, **wanted)
     bad = [report for report in reports if report.problem]
     good = [report for report in reports if not report.problem]
@@ -249,7 +253,7 @@ def _create(output_dir: str) -> None:
         refuse(f"--output_dir {output_dir} cannot be written to: {problem.strerror}; name another folder", once=True)
 
 
-def _summary(args, photos: list | None, drawn: list | None, bad: list[Path]) -> None:
+def _summary(args, photos: list | None, drawn: list | None, bad: list[Path], filled: dict) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     said = f"dataset '{args.dataset_name}'"
@@ -259,7 +263,8 @@ def _summary(args, photos: list | None, drawn: list | None, bad: list[Path]) -> 
         said += f" to {sides[-1][1]}" if sides[0][1] != sides[-1][1] else ""
     if drawn is not None:
         said += f"; {len(drawn)} of {args.num_class_images} class images in '{args.class_data_dir}'"
-    print(said + (f"; {len(bad)} left out" if bad else ""), flush=True)
+    said += f"; {len(bad)} left out" if bad else ""
+    print("\n".join([said, *buckets.report(filled, plan.examples_per_step(args), args.repeats)]), flush=True)
 
 
 def _few(messages: list[str]) -> None:

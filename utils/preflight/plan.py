@@ -6,8 +6,11 @@ import math
 import os
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from utils import buckets
 
 # A stored network: its optional variant (fp16) and shard number stand between name and ending.
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.safetensors")
@@ -37,10 +40,15 @@ class Plan:
     memory: dict[str, int] = field(default_factory=dict)  # what holds it -> bytes
 
 
-def outline(args: argparse.Namespace, model: Path | None, photos: int | None, class_images: int = 0) -> Plan:
-    """`model`: the pipeline's folder, None when it is still on the hub; `photos`: None when a dataset holds them."""
-    plan = Plan(examples_per_step=args.train_batch_size * args.gradient_accumulation_steps * _processes())
-    _length(plan, args, photos, class_images)
+def outline(
+    args: argparse.Namespace,
+    model: Path | None,  # the pipeline's folder; None when it is still on the hub
+    photos: int | None,  # None when a dataset holds them
+    class_images: int = 0,
+    in_buckets: Sequence[int] = (),  # photos in each of the buckets that are used
+) -> Plan:
+    plan = Plan(examples_per_step=examples_per_step(args))
+    _length(plan, args, photos, class_images, in_buckets)
     stored = {name: shapes(model / name, args.variant) for name in NETWORKS} if model else {}
     plan.networks = {name: sum(map(math.prod, found.values())) for name, found in stored.items() if found}
     if "unet" not in plan.networks:  # a hub model that is downloaded in part
@@ -80,13 +88,18 @@ def _header(file: Path) -> dict:
     return entries
 
 
+def examples_per_step(args: argparse.Namespace) -> int:
+    return args.train_batch_size * args.gradient_accumulation_steps * _processes()
+
+
 def _processes() -> int:
     return max(1, int(os.environ.get("WORLD_SIZE") or 1))
 
 
-def _length(plan: Plan, args, photos: int | None, class_images: int) -> None:
+def _length(plan: Plan, args, photos: int | None, class_images: int, in_buckets: Sequence[int]) -> None:
     if photos:
-        plan.examples = max(photos * args.repeats, class_images)
+        shown = buckets.steps(in_buckets, plan.examples_per_step, args.repeats) * plan.examples_per_step
+        plan.examples = max(shown or photos * args.repeats, class_images)
     if args.max_train_steps:
         plan.steps = args.max_train_steps
     elif plan.examples:

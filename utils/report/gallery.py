@@ -112,15 +112,16 @@ def contact_sheet(dataset, output_dir, count_tokens=None, limit: int = 0) -> Non
     from utils import sheets
 
     cells, notes, marked = [], [], []
-    for example, caption, picture, corner, mask in dataset.first_views(MOST_ON_SHEET):
+    for example, caption, picture, corner, shape, mask in dataset.first_views(MOST_ON_SHEET):
         picture = sheets.veiled(picture, mask) if mask else picture
         # Shrunk at once: sixty photos of a large resolution would fill the memory.
-        cells.append(sheets.shrink(sheets.lit(picture, *corner, dataset.size), SIDE))
+        cells.append(sheets.shrink(sheets.lit(picture, *corner, shape), SIDE))
         lines = textwrap.wrap(caption, 32, max_lines=3, placeholder="…")
         several = 1 if isinstance(example.caption, str) else len(example.caption)
         tokens = count_tokens(caption) if count_tokens else 0
         told = [f"{tokens} of {limit} tokens"] if count_tokens else []
         told += [f"1 of {several} captions"] if several > 1 else []
+        told += [f"{shape[0]}x{shape[1]}"] if dataset.bucketed else []
         name = os.path.basename(str(getattr(example.source, "name", example.source)))
         notes.append([name, *lines, ", ".join(told)])
         marked.append(tokens > limit)
