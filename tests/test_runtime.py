@@ -562,14 +562,3 @@ def test_signals_to_real_processes(tmp_path):
         assert len(list((tmp_path / "c").glob("checkpoint-*"))) == 1
         rest = process.stdout.read()  # ends when the orphan does
         assert "stopped after step" in rest
-
-
-@pytest.mark.parametrize(
-    "engine, variable", [("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"), ("FSDP", "ACCELERATE_USE_FSDP")]
-)
-def test_engines_that_shard_are_refused_by_name(engine, variable, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(SystemExit) as refused:
-        runtime.start(tmp_path / "run", seed=0)
-    assert refused.value.code == 2
-    assert engine in capsys.readouterr().err

@@ -119,6 +119,7 @@ def test_launch_configurations_are_read_by_accelerate():
     processes = {file.stem: load_config_from_file(str(file)).num_processes for file in files}
     assert processes == {
         "cpu_2proc": 2,
+        "deepspeed_zero2_offload": 1,
         "multi_gpu": 2,
         "multi_node": 16,
         "single_gpu": 1,

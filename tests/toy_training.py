@@ -69,6 +69,8 @@ def make_optimizer(name, parameters):
         from prodigyopt import Prodigy
 
         return Prodigy(parameters, lr=1.0, safeguard_warmup=True, use_bias_correction=True)
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9)
     return torch.optim.AdamW(parameters, lr=1e-2, fused=True)
 
 
@@ -87,10 +89,13 @@ def train(
     width=4,
     dropout=True,
     hold=None,  # "phase": wait inside a phase before training
+    scale=None,  # of the loss, as in fp16
     **options,
 ):
     run = runtime.start(folder, seed=7, accumulate=accumulate, resuming=bool(resume), **options)
     family, learns = Family(), Learns(width)
+    if scale:
+        run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     if not dropout:
         learns.net[1].p = 0.0
     chosen = run.prepare(family, learns, make_optimizer(optimizer, learns.parameters()))

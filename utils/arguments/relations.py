@@ -17,6 +17,9 @@ NOT_YET = {  # options that users of other scripts know, and what they would get
     "output_kohya_format": "the second file, for AUTOMATIC1111, ComfyUI and kohya",
 }
 
+# accelerate's names for them are variables that its launcher sets.
+ENGINES = {"DeepSpeed": "ACCELERATE_USE_DEEPSPEED", "FSDP": "ACCELERATE_USE_FSDP"}
+
 # An option that does nothing without another one, which must be true or, where a value is named, have that value.
 NEEDS = {
     "class_data_dir": "with_prior_preservation",
@@ -49,6 +52,7 @@ def check(args: argparse.Namespace, given: dict, defaults: dict, misread: set[st
     _masks(args, has, found)
     _text_encoder(has, found)
     _optimizer(args, has, given, found)
+    _engine(has, found)
     _noise(args, has, given, found)
     _validation(args, has, given, found)
     _words(args, has, found)
@@ -141,6 +145,24 @@ def _optimizer(args, has, given: dict, found: Findings) -> None:
         )
     if args.lr_scheduler == "constant" and args.lr_warmup_steps:
         args.lr_scheduler = "constant_with_warmup"
+
+
+def engine_asked_for() -> str | None:
+    """What `accelerate launch` or its configuration wants the weights or their states to be kept by."""
+    for name, variable in ENGINES.items():
+        if os.environ.get(variable, "").lower() in ("true", "1", "yes"):
+            return name
+    return None
+
+
+def _engine(has, found: Findings) -> None:
+    name = engine_asked_for()
+    if name and has("optimizer") not in ("adamw", "sgd", None):
+        option = "use_8bit_adam" if has("use_8bit_adam") else f"optimizer {has('optimizer')}"
+        found.complaints.append(
+            f"--{option} with {name}, for which accelerate is configured: such an optimizer needs each weight whole, "
+            f"and {name} does not leave them so; use --optimizer adamw or sgd"
+        )
 
 
 def _noise(args, has, given: dict, found: Findings) -> None:

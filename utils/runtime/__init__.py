@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from utils import errors, randomness
-from utils.runtime import guard, progress, signals, startup, trackers
+from utils.runtime import engines, guard, progress, signals, startup, trackers
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -77,6 +77,7 @@ class Run:
         self.lock = startup.FolderLock(output_dir)
         self.guard = guard.Guard(output_dir, on_nan, self.is_main, self.world, on_loss_spike)
         self._agreed = 0  # the exit code that all processes agreed to stop with
+        self.engine = engines.made_for(accelerator, accumulate)
         self._wrapped, self._parameters = {}, None  # modules as prepared; (learns, its parameters)
         self._loss, self._examples = None, []  # of the optimizer step under way
         self.told = {}  # loss, gradient norm, learning rate, seconds of the last completed step
@@ -142,6 +143,7 @@ class Run:
                 self.write_timings()
         self.metrics.close()
         self.trackers.close()
+        self.engine.close()
         self.accelerator.state.destroy_process_group()
         self.stop.restore()
         self.lock.release()
@@ -196,8 +198,7 @@ class Run:
 
     def prepare(self, family, learns, optimizer):
         """Only what learns is wrapped (precision, several processes, compilation); data and schedule are ours."""
-        *wrapped, optimizer = self.accelerator.prepare(*learns.modules.values(), optimizer)
-        self._wrapped = dict(zip(learns.modules, wrapped))
+        self._wrapped, optimizer = self.engine.prepare(learns.modules, optimizer)
         for name, module in self._wrapped.items():
             family.use(name, module)
         return optimizer
@@ -231,6 +232,7 @@ class Run:
 
     def _begin(self, first_step: int, total: int) -> None:
         self.step, self.total = first_step, total
+        self.engine.begin()
         self.accelerator.step = 0  # a loop that was broken off in a notebook may have left it in mid-step
         self.session["first_step"] = first_step
         self.guard.recall(self.metrics.path, first_step)
@@ -257,7 +259,7 @@ class Run:
         The one moment per optimizer step at which the host waits for the device: loss, gradient norm and the wish
         to stop are fetched together. `facts` (timesteps, error per example) are looked at only if the guard fires.
         """
-        self.accelerator.backward(loss)  # divides by the accumulation steps
+        self.engine.backward(loss)  # divides by the accumulation steps
         part = loss.detach().float() / self.accumulation
         self._loss = part if self._loss is None else self._loss + part
         if facts and self._examples:
@@ -266,10 +268,10 @@ class Run:
             return
         if self._parameters is None or self._parameters[0] is not learns:
             self._parameters = (learns, list(learns.parameters()))
-        parameters = self._parameters[1]
+        parameters = self.engine.holders(self._parameters[1], optimizer)
         if self.scaler is not None:
             self.scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
-        norm = guard.gradient_norm(parameters)
+        norm = guard.gradient_norm(parameters).to(self.device)
         loss, size, self._agreed = self._agree(self._loss, norm)
         rates = _rates(optimizer.param_groups)
 
@@ -278,15 +280,14 @@ class Run:
         if stepped and max_norm and size > max_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         if stepped:
-            optimizer.step()
-        elif self.scaler is not None:
-            self.scaler.update()  # to a lower scale
+            self.engine.step(optimizer)
+        else:
+            self.engine.skip(optimizer)
         if schedule is not None:
             with warnings.catch_warnings():  # its complaint about a first step that was left out
                 if not stepped:
                     warnings.simplefilter("ignore")
                 schedule.step()
-        optimizer.zero_grad(set_to_none=True)
         self._complete(loss, size, rates, stepped, spike)
 
     def _agree(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float, int]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from utils import errors
-from utils.runtime import signals
+from utils.runtime import engines, signals
 
 SETTINGS = "training_config.yaml"
 LOCK = ".run.lock"
@@ -33,6 +33,8 @@ def quiet() -> None:
         os.environ.setdefault(name, "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer warns in each loader process otherwise
     os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
+    # Where DeepSpeed is installed others import it, and it tells what it looks for.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     for name in ("bitsandbytes", "accelerate", "torch.distributed", "diffusers", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*torch.utils._pytree.*")
@@ -43,35 +45,36 @@ def accelerator(mixed_precision, accumulate, report_to, output_dir, logging_dir,
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import (
+        AutocastKwargs,
         DistributedDataParallelKwargs,
         GradientAccumulationPlugin,
         InitProcessGroupKwargs,
         ProjectConfiguration,
     )
 
-    for engine, variable in (("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"), ("FSDP", "ACCELERATE_USE_FSDP")):
-        if os.environ.get(variable, "").lower() in ("true", "1", "yes"):
-            errors.refuse(  # it would step by itself, or shard what only the main process saves
-                f"accelerate is set to {engine}, which these scripts do not support yet; use accelerate_configs/"
-                "multi_gpu.yaml, and to save memory --gradient_checkpointing --use_8bit_adam"
-            )
     # A second run in one process (a notebook) may have another precision.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     GradientState._reset_state()
+    # Casts of weights are not kept between the forward passes of a step: under DeepSpeed memory is what counts.
+    narrow = [AutocastKwargs(cache_enabled=False)] if engines.engine_asked_for() == "DeepSpeed" else []
     try:
-        made = Accelerator(
-            mixed_precision=mixed_precision,
-            # As a plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS would overrule the plain argument.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate, sync_with_dataloader=False),
-            log_with=tracker_names(report_to) or None,
-            project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / logging_dir)),
-            dynamo_backend="inductor" if compile else None,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-                # One process draws class images or saves while the others wait.
-                InitProcessGroupKwargs(backend=None, timeout=timedelta(hours=2)),
-            ],
-        )
+        with engines.unseen():
+            made = Accelerator(
+                mixed_precision=mixed_precision,
+                # As a plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS would overrule the plain argument.
+                gradient_accumulation_plugin=GradientAccumulationPlugin(
+                    num_steps=accumulate, sync_with_dataloader=False
+                ),
+                log_with=tracker_names(report_to) or None,
+                project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / logging_dir)),
+                dynamo_backend="inductor" if compile else None,
+                kwargs_handlers=[
+                    *narrow,
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+                    # One process draws class images or saves while the others wait.
+                    InitProcessGroupKwargs(backend=None, timeout=timedelta(hours=2)),
+                ],
+            )
     except ValueError as problem:
         errors.refuse(f"accelerate refuses these settings: {problem}")
     if made.mixed_precision == "fp16" and made.device.type == "cpu":

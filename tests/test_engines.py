@@ -1,0 +1,178 @@
+"""Engines that keep weights or states elsewhere: the numbers, the files and the resume are those without them."""
+
+import importlib
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.toy_training import train
+from utils import runtime
+from utils.checkpoints import nested
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    if runtime._current:
+        runtime._current.close()
+
+
+def told(folder):
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in rows]
+
+
+def asks_for_deepspeed(monkeypatch, **more):
+    if importlib.util.find_spec("deepspeed") is None:  # not imported here: the engine does that as it wants it
+        pytest.skip("DeepSpeed is not installed: ITS ENGINE IS NOT TESTED HERE")
+    told = {"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "2", "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu", **more}
+    for name, value in told.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+
+
+def state(folder, step=8):
+    return nested.load(Path(folder) / f"checkpoint-{step}" / "optimizer.safetensors")["state"]
+
+
+CLIPPED = {"optimizer": "sgd", "max_norm": 0.05}
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 3} | CLIPPED, {"scale": 2.0**10} | CLIPPED], ids=str)
+def test_deepspeed_is_the_same_training(tmp_path, monkeypatch, options):
+    """Losses, norms, rates, checkpoints as without it; resumed bit for bit; either goes on with the other's."""
+    train(tmp_path / "plain", **options)
+    train(tmp_path / "switched", total=4, **options)
+    asks_for_deepspeed(monkeypatch)
+    whole = train(tmp_path / "whole", **options)
+    train(tmp_path / "cut", total=4, **options)
+    assert train(tmp_path / "cut", resume="latest", **options) == whole
+    train(tmp_path / "switched", total=6, resume="latest", **options)
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    train(tmp_path / "switched", resume="latest", **options)
+    assert min(norm for _, _, norm, _ in told(tmp_path / "plain")) > CLIPPED["max_norm"]
+    for name in ("whole", "switched"):
+        for one, two in zip(told(tmp_path / name), told(tmp_path / "plain"), strict=True):
+            assert one == pytest.approx(two, rel=1e-5)
+        for number, entries in state(tmp_path / "plain").items():
+            for kind, value in entries.items():
+                torch.testing.assert_close(state(tmp_path / name)[number][kind], value, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{"on_nan": "skip"}, {"scale": 2.0**10}], ids=str)
+def test_deepspeed_takes_no_step_that_is_not_finite(tmp_path, monkeypatch, options):
+    train(tmp_path / "plain", poison=3, **CLIPPED, **options)
+    asks_for_deepspeed(monkeypatch)
+    train(tmp_path / "left_out", poison=3, **CLIPPED, **options)
+    left_out = [json.loads(line) for line in (tmp_path / "left_out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in left_out if "skipped" in row] == [3]
+    for one, two in list(zip(told(tmp_path / "left_out"), told(tmp_path / "plain"), strict=True))[3:]:
+        assert one == pytest.approx(two, rel=1e-5)
+    if "scale" not in options:
+        with pytest.raises(SystemExit) as stopped:
+            train(tmp_path / "stopped", poison=3)
+        assert stopped.value.code == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"DEEPSPEED_ZERO_STAGE": "3"}, "zero_stage is 3"),
+        ({"DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none"}, "offload_optimizer_device must be cpu"),
+        ({"DEEPSPEED_CONFIG_FILE": {"zero_optimization": {"stage": 2}, "scheduler": {"type": "x"}}}, "scheduler"),
+    ],
+)
+def test_deepspeed_settings_that_cannot_be_honoured_are_refused(tmp_path, monkeypatch, capsys, settings, complaint):
+    if isinstance(file := settings.get("DEEPSPEED_CONFIG_FILE"), dict):
+        file["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        (tmp_path / "ds.json").write_text(json.dumps(file))
+        settings = {"DEEPSPEED_CONFIG_FILE": str(tmp_path / "ds.json")}
+    asks_for_deepspeed(monkeypatch, **settings)
+    with pytest.raises(SystemExit) as refused:
+        runtime.start(tmp_path / "run", seed=0)
+    assert refused.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_optimizers_that_need_whole_weights_are_refused(monkeypatch, capsys, sd1, photos):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    script = importlib.import_module("train_dreambooth")
+    for words in ("--use_8bit_adam", "--optimizer prodigy"):
+        with pytest.raises(SystemExit) as refused:
+            script.parse_args(shlex.split(f"{command(sd1, photos, 'run')} {words}"))
+        assert refused.value.code == 2
+        assert f"{words} with FSDP" in capsys.readouterr().err
+
+
+def command(model, photos, folder):
+    return (
+        f"--pretrained_model_name_or_path '{model}' --instance_data_dir '{photos}' --output_dir '{folder}' --seed 3 "
+        "--instance_prompt 'a photo of sks dog' --report_to none --learning_rate 1e-3 --train_batch_size 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("train_dreambooth", "--train_text_encoder --use_ema --gradient_checkpointing --gradient_accumulation_steps 2"),
+        ("train_dreambooth_lora", "--mixed_precision bf16 --text_encoder_lr 2e-3 --train_text_encoder --use_dora"),
+    ],
+)
+def test_whole_scripts_under_deepspeed(tmp_path, monkeypatch, sd1, photos, script, options):
+    module = importlib.import_module(script)
+
+    def run(name, more=""):
+        words = f"{command(sd1, photos, tmp_path / name)} {options} --max_train_steps 4 --checkpointing_steps 2 {more}"
+        module.main(module.parse_args(shlex.split(words)))
+        return learned(tmp_path / name)
+
+    plain = run("plain")
+    asks_for_deepspeed(monkeypatch)
+    whole = run("whole")
+    again = run("again", f"--resume_from_checkpoint '{tmp_path / 'whole' / 'checkpoint-2'}'")
+    exact = "bf16" not in options
+    for one, two in zip(told(tmp_path / "whole"), told(tmp_path / "plain"), strict=True):
+        assert one == pytest.approx(two, rel=1e-4 if exact else 2e-2)
+    assert plain.keys() == whole.keys() == again.keys()
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+def learned(folder):
+    from safetensors.torch import load_file
+
+    files = [*folder.glob("pytorch_lora_weights.safetensors"), *folder.glob("unet/*.safetensors")]
+    files += folder.glob("text_encoder/*.safetensors")
+    return {f"{file.name} {key}": value for file in files for key, value in load_file(file).items()}
+
+
+@pytest.mark.slow
+def test_the_command_for_8_gb(tmp_path, sd1, photos, class_photos):
+    """As users type it, but for the precision: fp16 needs a GPU."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed: ITS LAUNCHER IS NOT TESTED HERE")
+    words = (
+        f"launch --config_file accelerate_configs/deepspeed_zero2_offload.yaml --mixed_precision=bf16 "
+        f"train_dreambooth.py {command(sd1, photos, tmp_path / 'run')} --with_prior_preservation "
+        f"--class_data_dir '{class_photos}' --class_prompt 'a dog' --num_class_images 5 --sample_batch_size=1 "
+        "--gradient_accumulation_steps=1 --gradient_checkpointing --max_train_steps 2 --checkpointing_steps 1"
+    )
+    done = subprocess.run(
+        [str(BIN / "accelerate"), *shlex.split(words)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row[0] for row in told(tmp_path / "run")] == [1, 2]
+    assert (tmp_path / "run" / "model_index.json").is_file()
