@@ -128,7 +128,7 @@ def main(args):
     schedule = optimizers.schedule(
         optimizer, args.lr_scheduler, args.lr_warmup_steps, total_steps, args.lr_num_cycles, args.lr_power
     )
-    average = ema.Average(learns.named(), args.ema_decay) if args.use_ema else ema.NoAverage()
+    average = call(ema.create, learns.named())
     corruption = call(noise.corruption_for, family.scheduler)
 
     # Resume from the newest checkpoint in the output folder, if that is asked for and there is one.

@@ -56,6 +56,7 @@ def refused(capsys, *words, code=errors.OPTIONS, **more):
 # Accepted because users type them; --help says that they change nothing or wait for their family.
 WITHOUT_EFFECT = {
     "local_rank",
+    "foreach_ema",
     "set_grads_to_none",
     "pre_compute_text_embeddings",
     "skip_save_text_encoder",

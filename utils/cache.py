@@ -32,8 +32,11 @@ class Latents:
         return sum(mean.nbytes + std.nbytes for mean, std in self.rows.values())
 
 
-def latents(run, family, dataset, mode: str = "auto") -> None:
-    """Fills dataset.latents if `mode` (auto, on, off) and the crops allow it, then lets the VAE's encoder go."""
+def latents(run, family, dataset, mode: str = "auto", beside=None) -> None:
+    """Fills dataset.latents if `mode` (auto, on, off) and the crops allow it, then lets the VAE's encoder go.
+
+    `beside`, a data set whose crops stay (held-out pictures), is cached with it or not at all.
+    """
     if mode == "off":
         return
     if dataset.varying_crops():
@@ -45,10 +48,12 @@ def latents(run, family, dataset, mode: str = "auto") -> None:
         run.say("latents are not cached: crops vary, add --center_crop (or use square photos) to train faster")
         return
     with run.phase("caching latents"):
-        found = _encode(run, family, dataset, limit=AUTO_LIMIT if mode == "auto" else None)
-    if found is not None:
-        dataset.latents = found
-        dataset.forget()
+        limit = AUTO_LIMIT if mode == "auto" else None
+        both = [(one, _encode(run, family, one, limit)) for one in (dataset, beside) if one is not None]
+    if all(found is not None for _, found in both):
+        for one, found in both:
+            one.latents = found
+            one.forget()
         family.release_image_encoder()
 
 

@@ -33,7 +33,8 @@ def read(
         caption = described.get(_key(picture))
         caption = caption or _beside(folder, picture, complaints) or prompt
         if not caption:
-            complaints.append(f"'{picture}' has no caption, and no prompt stands in: give --instance_prompt")
+            name = picture.with_suffix(".txt").name
+            complaints.append(f"'{picture}' has no caption, and no prompt stands in: write one into {name} beside it")
         found.append(caption or "")
     complaints += unfilled(zip((f"'{picture}'" for picture in pictures), found), **words)
     return [fill(caption, **words) for caption in found], complaints

@@ -71,6 +71,34 @@ def photos(
     return masks.attach(found, instance_data_dir, masks_dir, alpha_mask) if masked_loss else found
 
 
+def captioned(
+    train_data_dir: str | None = None,
+    dataset_name: str | None = None,  # instead of the folder
+    dataset_config_name: str | None = None,
+    dataset_split: str = "train",
+    image_column: str = "image",
+    caption_column: str | None = None,
+    cache_dir: str | None = None,
+    on_bad_image: str = "skip",
+    max_train_samples: int | None = None,
+    masked_loss: bool = False,
+    masks_dir: str | None = None,
+    alpha_mask: bool = False,
+    *,
+    seed: int,
+) -> list[Example]:
+    """Captioned pictures: what the options of a text-to-image script name; a sample of them if fewer are wanted."""
+    if dataset_name:
+        how = {"image_column": image_column, "caption_column": caption_column or "text", "cache_dir": cache_dir}
+        found = hub(dataset_name, dataset_config_name, dataset_split, on_bad_image=on_bad_image, **how)
+    else:
+        found = folder(train_data_dir, caption_column=caption_column, on_bad_image=on_bad_image)
+    if max_train_samples and max_train_samples < len(found):
+        chosen = randomness.rng(seed, "samples").sample(range(len(found)), max_train_samples)
+        found = [found[place] for place in sorted(chosen)]
+    return masks.attach(found, train_data_dir, masks_dir, alpha_mask) if masked_loss else found
+
+
 def folder(
     path: str | os.PathLike | None,
     prompt: str | None = None,  # for pictures without a caption of their own
@@ -278,6 +306,10 @@ class DreamBooth(Dataset):
             place = randomness.slot(self.seed, position, len(classes), "class order")
             records.append(self._record(classes[place], 2 * position + 1, shape))
         return records
+
+    def visit(self, place: int, number: int) -> list[dict]:
+        """The record of an instance example out of the order, with the draws of that number."""
+        return [self._record(self.instance[place], number)]
 
     def first_views(self, most: int) -> Iterator[tuple[Example, str, Any, tuple[int, int], tuple[int, int], Any]]:
         """The first photos in their order, each as its first visit shows it: example, caption, the resized (and

@@ -9,8 +9,8 @@ import torch
 class Average:
     """An exponential moving average of some weights, of whole networks or adapters alike.
 
-    average <- d * average + (1 - d) * weight, with d = min(decay, (1 + n) / (10 + n)) at optimizer step n: a young
-    average forgets the untrained start quickly.
+    average <- d * average + (1 - d) * weight, where d grows to `decay` with the updates n, so that a young average
+    forgets the untrained start quickly: as (1 + n) / (10 + n), or as 1 - (1 + n) ** -power.
     """
 
     def __init__(
@@ -18,20 +18,26 @@ class Average:
         parameters: Mapping[str, torch.Tensor] | Iterable[torch.Tensor],  # learns.named() or learns.parameters()
         decay: float = 0.9999,
         offload: bool = False,  # keep the averages in main memory: slower, and frees one copy on the device
+        power: float | None = None,
+        interval: int = 1,  # optimizer steps between updates
     ):
         if not isinstance(parameters, Mapping):
             parameters = {str(number): weight for number, weight in enumerate(parameters)}
         self.names, self.weights = list(parameters), list(parameters.values())
-        self.decay, self._swapped = decay, False
+        self.decay, self.power, self.interval, self._swapped = decay, power, interval, False
         self.averages = [w.detach().to("cpu" if offload else w.device, copy=True) for w in self.weights]
 
     def decay_at(self, step: int) -> float:
-        return min(self.decay, (1 + step) / (10 + step))
+        updates = step // self.interval
+        young = (1 + updates) / (10 + updates) if self.power is None else 1 - (1 + updates) ** -self.power
+        return min(self.decay, young)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After optimizer step `step`, counted from 1: a function of the number, so a resumed run needs no counter."""
         self._refuse_when_swapped("update")
+        if step % self.interval:
+            return
         weights = [w.detach().to(a.device) for w, a in zip(self.weights, self.averages)]  # copies only when offloaded
         torch._foreach_lerp_(self.averages, weights, 1.0 - self.decay_at(step))  # one call for all weights
 
@@ -85,3 +91,16 @@ class NoAverage:
     @contextmanager
     def swapped(self):
         yield self
+
+
+def create(
+    parameters: Mapping[str, torch.Tensor],
+    use_ema: bool = False,
+    ema_decay: float = 0.9999,
+    ema_power: float | None = None,
+    ema_interval: int = 1,
+    offload_ema: bool = False,
+) -> Average | NoAverage:
+    if not use_ema:
+        return NoAverage()
+    return Average(parameters, ema_decay, offload=offload_ema, power=ema_power, interval=ema_interval)

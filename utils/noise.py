@@ -90,6 +90,25 @@ class DDPM:
         return Noisy(inputs.to(images.dtype), timesteps, self.target(clean, noise, signal, sigma), weight)
 
 
+def dream(noisy: Noisy, prediction: torch.Tensor, alphas_cumprod: torch.Tensor, detail: float = 1.0) -> Noisy:
+    """DREAM, Zhou et al. 2023 (arXiv 2312.00210), equations 7 and 8, for noise prediction.
+
+    λ = √(1-ᾱ)^detail times the network's present error moves the input, and the target with it: training then meets
+    what sampling meets, inputs that the network's own errors have spoiled.
+    """
+    sigma = (1 - alphas_cumprod.to(noisy.timesteps.device)[noisy.timesteps].float()).sqrt().view(-1, 1, 1, 1)
+    delta = sigma**detail * (noisy.target - prediction.float())
+    inputs = noisy.inputs.float() + sigma * delta
+    return noisy._replace(inputs=inputs.to(noisy.inputs.dtype), target=noisy.target + delta)
+
+
+def dream_with(family, noisy: Noisy, condition, detail: float = 1.0) -> Noisy:
+    """One more forward pass, without gradients, tells what the network would answer."""
+    with torch.no_grad():
+        prediction = family.predict(noisy.inputs, noisy.timesteps, condition)
+    return dream(noisy, prediction, family.scheduler.alphas_cumprod, detail)
+
+
 STYLES = {"ddpm": DDPM}
 
 

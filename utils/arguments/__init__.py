@@ -60,7 +60,7 @@ def new_parser(doc: str | None) -> argparse.ArgumentParser:
 def add_model(parser: argparse.ArgumentParser) -> None:
     add = group(parser, "Model")
     add("pretrained_model_name_or_path", folder, None, "pipeline folder, hub name, or toybox", required=True)
-    add("revision", text, None, "branch, tag or commit of the hub model")
+    add("revision", text, None, "branch, tag or commit of the hub model", alias="--non_ema_revision")
     add("variant", text, None, "file variant of the weights, e.g. fp16")
     add("tokenizer_name", folder, None, "tokenizer folder or hub name, instead of the model's own")
     add("pretrained_vae_model_name_or_path", folder, None, "VAE folder or hub name, instead of the model's own")
@@ -88,7 +88,25 @@ def add_dreambooth_data(parser: argparse.ArgumentParser) -> None:
     _add_images(add)
 
 
-def _add_images(add) -> None:
+def add_captioned_data(parser: argparse.ArgumentParser) -> None:
+    add = group(parser, "Captioned pictures")
+    add("train_data_dir", folder, None, "folder of pictures; metadata.jsonl, metadata.csv or name.txt hold captions")
+    add("dataset_name", folder, None, "a Hugging Face dataset (hub name or folder) instead of --train_data_dir")
+    add("dataset_config_name", text, None, "configuration of that dataset")
+    add("dataset_split", text, "train", "split of that dataset")
+    add("image_column", text, "image", "its column of pictures")
+    unset = "text; in a folder's metadata text, caption or prompt"
+    add("caption_column", text, None, "column of captions; a list of them is drawn from at each visit", unset=unset)
+    add("cache_dir", folder, None, "where downloaded datasets are kept (models follow HF_HOME)")
+    add("max_train_samples", whole(1), None, "train on so many pictures, drawn by the seed", unset="all")
+    help = "share of visits with an empty caption, which guidance compares with; 0.1 is usual"
+    add("caption_dropout", number(0, below=1), 0.0, help, alias="--proportion_empty_prompts")
+    add("validation_split", number(0, below=1), 0.0, "share of the pictures held out for a validation loss")
+    add("repeats", whole(1), 1, "how often each picture counts in an epoch")
+    _add_images(add, on_bad_image="skip")
+
+
+def _add_images(add, on_bad_image: str = "error") -> None:
     help = "pixels of the shorter side after resizing, and of the square crop"
     add("resolution", whole(8), None, help, unset="the model's own: 512, 768 or 1024")
     kind = Kind("auto|WxH,...", "auto, off, or sizes such as 512x512,448x576, multiples of 8", buckets.spelled)
@@ -98,7 +116,7 @@ def _add_images(add) -> None:
     add("center_crop", flag, False, "crop the centre instead of a new random place each time")
     add("random_flip", flag, False, "mirror half of the photos, chosen anew each time")
     add("image_interpolation_mode", choice(*INTERPOLATIONS), "lanczos", "filter used for resizing")
-    add("on_bad_image", choice("error", "skip"), "error", "what an unreadable picture does to the run")
+    add("on_bad_image", choice("error", "skip"), on_bad_image, "what an unreadable picture does to the run")
     add("dataloader_num_workers", whole(0), 0, "processes that prepare pictures; 0: the training process itself")
 
 
@@ -183,6 +201,12 @@ def add_optimizer(
     add("prodigy_safeguard_warmup", flag, True, "leave the warm-up out of Prodigy's estimate")
 
 
+def add_dream(parser: argparse.ArgumentParser) -> None:
+    add = group(parser, "DREAM: train on what the network makes of its own errors (https://arxiv.org/abs/2312.00210)")
+    add("dream_training", flag, False, "a second forward pass moves inputs and target; for epsilon prediction")
+    add("dream_detail_preservation", number(0), 1.0, "power of its weight: more keeps more detail")
+
+
 def add_loss(parser: argparse.ArgumentParser, edm: bool = False) -> None:
     add = group(parser, "Noise and loss")
     add("snr_gamma", number(above=0), None, "Min-SNR weighting (https://arxiv.org/abs/2303.09556); 5.0 is usual")
@@ -204,6 +228,11 @@ def add_ema(parser: argparse.ArgumentParser) -> None:
     add = group(parser, "Averaged weights")
     add("use_ema", flag, False, "keep an exponential moving average; it is what is validated and saved")
     add("ema_decay", number(0, below=1), 0.9999, "its decay, reached gradually")
+    help = "reach the decay as 1 - (1 + step) ** -power, 2/3 is usual for long runs"
+    add("ema_power", number(above=0), None, help, unset="(1 + step) / (10 + step)")
+    add("ema_interval", whole(1), 1, "optimizer steps between updates")
+    add("offload_ema", flag, False, "keep the averages in main memory: slower, frees one copy on the GPU")
+    add("foreach_ema", flag, False, "accepted; all averages are always updated in one call")
 
 
 def add_memory(parser: argparse.ArgumentParser) -> None:
@@ -235,12 +264,15 @@ def add_checkpoints(parser: argparse.ArgumentParser, output_dir: str) -> None:
 
 
 def add_validation(
-    parser: argparse.ArgumentParser, validation_steps: int | None = None, validation_epochs: int | None = None
+    parser: argparse.ArgumentParser,
+    validation_steps: int | None = None,
+    validation_epochs: int | None = None,
+    num_validation_images: int = 4,
 ) -> None:
     add = group(parser, "Validation images")
     add("validation_prompt", prompt, None, "prompt to draw during training; repeat it for more", append=True)
     add("validation_prompts", prompt, None, "the same, several at once", many=True)
-    add("num_validation_images", whole(1), 4, "images a prompt")
+    add("num_validation_images", whole(1), num_validation_images, "images a prompt")
     help = "draw every so many optimizer steps; 0: at the end only; instead of --validation_epochs"
     add("validation_steps", whole(0), validation_steps, help)
     help = "draw every so many epochs; 0: at the end only; instead of --validation_steps"

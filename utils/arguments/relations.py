@@ -30,6 +30,10 @@ NEEDS = {
     "dataset_config_name": "dataset_name",
     "ema_decay": "use_ema",
     "unmasked_weight": "masked_loss",
+    "ema_power": "use_ema",
+    "ema_interval": "use_ema",
+    "offload_ema": "use_ema",
+    "dream_detail_preservation": "dream_training",
     "hub_model_id": "push_to_hub",
     "prodigy_beta3": "optimizer prodigy",
     "prodigy_decouple": "optimizer prodigy",
@@ -82,6 +86,11 @@ def _data(args, has, misread: set[str], found: Findings) -> None:
         captioned = has("caption_column")
         if has("instance_prompt") is None and not captioned and "instance_prompt" not in misread:
             found.complaints.append("--instance_prompt is required (only with --caption_column it may be left out)")
+    if "train_data_dir" in args and bool(has("train_data_dir")) == bool(has("dataset_name")):
+        which = "not both" if has("dataset_name") else "one of them"
+        found.complaints.append(f"--train_data_dir or --dataset_name: {which} must be given")
+    if has("dream_training") and has("prediction_type") not in (None, "epsilon"):
+        found.complaints.append("--dream_training is made for epsilon prediction; leave it or --prediction_type out")
     if has("with_prior_preservation"):
         for name, what in (("class_data_dir", "a folder for class images"), ("class_prompt", "what they show")):
             if not has(name) and name not in misread:

@@ -27,6 +27,7 @@ ONE_CHOICE = (
     ("noise_offset", "offset_noise"),
     ("optimizer", "use_8bit_adam"),
     ("instance_data_dir", "dataset_name"),
+    ("train_data_dir", "dataset_name"),
     ("num_train_epochs", "max_train_steps"),
 )
 
@@ -104,8 +105,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     given = {name: _convert(f"--{name}", kinds[name], value, complaints) for name, value in typed.items()}
     if isinstance(given.get("config"), str):
         for name, value in _config(given["config"], actions, complaints).items():
-            alike = next((names for names in ONE_CHOICE if name in names), (name,))
-            if not any(other in typed for other in alike):
+            alike = {other for names in ONE_CHOICE if name in names for other in names} | {name}
+            if not alike & typed.keys():
                 given[name] = _convert(f"{given['config']}: {name}", kinds[name], value, complaints)
 
     complaints += [f"--{name} is required" for name in required if name not in given]

@@ -47,12 +47,13 @@ def check(args: argparse.Namespace) -> list[Path]:
     problems.options += [*([problem] if problem else []), *model_folder.elsewhere(args)]
     # A branch moves; what a run records must name for ever what it was trained on.
     args.revision = model_folder.commit(model) or args.revision
-    photos, bad_photos = _photos(args, args.instance_data_dir, "--instance_data_dir", problems, needed=True)
+    option, folder = pictures_folder(args)
+    photos, bad_photos = _photos(args, folder, option, problems, needed=True)
     drawn, bad_drawn = None, []
-    if args.with_prior_preservation:
+    if _prior(args):
         drawn, bad_drawn = _photos(args, args.class_data_dir, "--class_data_dir", problems, needed=False)
     filled = shapes.fill(args, model, shapes.named(photos or ()))
-    class_images = args.num_class_images if args.with_prior_preservation else 0
+    class_images = args.num_class_images if _prior(args) else 0
     outline = plan.outline(args, model, _count(photos), class_images, buckets.counts(filled))
     if not args.max_train_steps and outline.steps and (args.lr_warmup_steps or 0) >= outline.steps:
         problems.options.append(
@@ -74,12 +75,23 @@ def check(args: argparse.Namespace) -> list[Path]:
     return bad_photos + bad_drawn
 
 
+def pictures_folder(args: argparse.Namespace) -> tuple[str, str | None]:
+    """The option that names the folder to learn from, and that folder; None where a dataset is used."""
+    name = "instance_data_dir" if "instance_data_dir" in args else "train_data_dir"
+    return f"--{name}", getattr(args, name)
+
+
+def _prior(args: argparse.Namespace) -> bool:
+    return getattr(args, "with_prior_preservation", False)
+
+
 def print_plan(args: argparse.Namespace) -> None:
     """--dry_run: what would learn, for how long, with how much memory and disk. Nothing is loaded or written."""
     if os.environ.get("RANK", "0") != "0":
         return
-    photos = images.inspect(images.list_images(args.instance_data_dir)) if args.instance_data_dir else None
-    model, class_images = model_folder.find(args)[0], args.num_class_images if args.with_prior_preservation else 0
+    _, folder = pictures_folder(args)
+    photos = images.inspect(images.list_images(folder)) if folder else None
+    model, class_images = model_folder.find(args)[0], args.num_class_images if _prior(args) else 0
     filled = shapes.fill(args, model, shapes.named(report for report in photos or () if not report.problem))
     outline = plan.outline(args, model, _count(photos), class_images, buckets.counts(filled))
     print("\n".join(["plan (nothing was loaded, nothing was written)", *plan.lines(outline, args)]))
@@ -148,7 +160,7 @@ def _is_result(entry: Path) -> bool:
 
 def _separate(args, problems: Problems) -> None:
     """Pictures are looked for in sub-folders too, so a folder inside another one would be trained on by mistake."""
-    named = ["instance_data_dir", *(["class_data_dir"] if args.with_prior_preservation else []), "masks_dir"]
+    named = [pictures_folder(args)[0].lstrip("-"), *(["class_data_dir"] if _prior(args) else []), "masks_dir"]
     named.append("output_dir")
     folders = [(name, Path(getattr(args, name)).resolve()) for name in named if getattr(args, name)]
     for outer, outside in folders:
@@ -164,10 +176,10 @@ def _separate(args, problems: Problems) -> None:
     model, output = Path(args.pretrained_model_name_or_path).resolve(), Path(args.output_dir).resolve()
     if model.is_dir() and model == output:
         problems.options.append("--output_dir is the base model's folder and would overwrite it; name another folder")
-    read = ("instance_data_dir", "class_data_dir", "masks_dir", "dataset_name", "pretrained_model_name_or_path")
-    read += ("pretrained_vae_model_name_or_path", "tokenizer_name")
+    read = ("instance_data_dir", "train_data_dir", "class_data_dir", "masks_dir", "dataset_name")
+    read += ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "tokenizer_name")
     for name in read if args.overwrite_output_dir else ():
-        path = Path(getattr(args, name) or output.parent).resolve()
+        path = Path(getattr(args, name, None) or output.parent).resolve()
         inner = path.relative_to(output).parts if path.is_relative_to(output) else ()
         if inner and _is_of_a_run(inner[0]):
             problems.options.append(
@@ -189,8 +201,9 @@ def _photos(args, folder: str | None, option: str, problems: Problems, needed: b
         found = f"{len(others)} other files" if others else "nothing"
         problems.options.append(f"{option} '{folder}' holds no pictures ({found}); put the photos there")
     if needed:
-        words = {"identifier": args.identifier, "class_noun": args.class_noun}
-        _, complaints = captions.read(folder, pictures, args.instance_prompt, args.caption_column, **words)
+        words = {name: getattr(args, name, None) for name in ("identifier", "class_noun")}
+        prompt = getattr(args, "instance_prompt", None)
+        _, complaints = captions.read(folder, pictures, prompt, args.caption_column, **words)
         problems.data += complaints
     # Class images are the model's own, and may look alike.
     square = args.resolution_buckets == buckets.OFF  # else the report of the buckets tells what is cut and enlarged
@@ -217,7 +230,7 @@ def _masks(args, photos: list, problems: Problems) -> None:
         problems.options.append(f"--masks_dir '{args.masks_dir}' is not a folder (looked in {Path.cwd()})")
         return
     paths = [photo.path for photo in photos]
-    sources = paths if args.alpha_mask else masks.files(paths, args.instance_data_dir, args.masks_dir)
+    sources = paths if args.alpha_mask else masks.files(paths, pictures_folder(args)[1], args.masks_dir)
     if not args.masked_loss:
         there = sum(source is not None for source in sources)
         if there:
@@ -259,7 +272,7 @@ def _summary(args, photos: list | None, drawn: list | None, bad: list[Path], fil
     said = f"dataset '{args.dataset_name}'"
     if photos is not None:
         sides = sorted((report.width * report.height, f"{report.width}x{report.height}") for report in photos)
-        said = f"{len(photos)} photos in '{args.instance_data_dir}', {sides[0][1]}"
+        said = f"{len(photos)} photos in '{pictures_folder(args)[1]}', {sides[0][1]}"
         said += f" to {sides[-1][1]}" if sides[0][1] != sides[-1][1] else ""
     if drawn is not None:
         said += f"; {len(drawn)} of {args.num_class_images} class images in '{args.class_data_dir}'"

@@ -327,6 +327,14 @@ class Run:
         self.metrics.write(step, told)
         self.trackers.log(told, step)
 
+    def also(self, step: int, **values: float | None) -> None:
+        """What is measured beside the steps (a validation loss); None is left out."""
+        values = {name: value for name, value in values.items() if value is not None}
+        if self.is_main and values:
+            self.metrics.write(step, values)
+            self.trackers.start(self.config)
+            self.trackers.log(values, step)
+
     def log_images(self, step: int, images: dict[str, list]) -> None:
         """name -> PIL images, for the trackers that show pictures."""
         self.trackers.start(self.config)

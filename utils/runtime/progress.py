@@ -23,6 +23,7 @@ class Metrics:
 
     def __init__(self, folder: Path):
         self.path, self.file, self.silent = Path(folder) / METRICS, None, False
+        self.early = []  # told before the first step, when it is not known yet where a resumed run goes on
 
     def open(self, first_step: int) -> None:
         """Keeps the lines up to `first_step`: the steps after it will be run, and told, again."""
@@ -36,9 +37,14 @@ class Metrics:
                     continue  # the line that a kill cut off
         startup.write_whole(self.path, "".join(lines))
         self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed in close()
+        early, self.early = self.early, []
+        for step, values in early:
+            self.write(step, values)
 
     def write(self, step: int, values: dict) -> None:
-        if self.file:
+        if not self.file:
+            self.early.append((step, values))
+        else:
             # Strict JSON: a browser that reads NaN gives up on the whole file.
             told = {n: v if not isinstance(v, float) or math.isfinite(v) else str(v) for n, v in values.items()}
             try:

@@ -1,0 +1,237 @@
+"""Text-to-image: fine-tune the UNet of Stable Diffusion 1.x / 2.x / XL on captioned pictures.
+
+    accelerate launch train_text_to_image.py --pretrained_model_name_or_path MODEL --train_data_dir pictures \\
+        --use_ema --resolution 512 --center_crop --random_flip --max_train_steps 15000 --output_dir runs/style
+
+The folder holds pictures and their captions (metadata.jsonl, metadata.csv, or name.txt beside name.jpg); or name a
+data set with --dataset_name. --validation_split 0.05 holds pictures out and draws their loss in the report.
+Leaves a pipeline for `from_pretrained`, report.html, samples/ and a model card in the output folder.
+"""
+
+import math
+
+from utils import arguments, preflight
+
+MOST_CAPTIONS = 10_000  # encoded once and kept (2.4 GB for SD 1.x); of more, each batch is encoded anew
+
+
+def parse_args(argv=None):
+    parser = arguments.new_parser(__doc__)
+    arguments.add_model(parser)
+    arguments.add_captioned_data(parser)
+    arguments.add_masks(parser)
+    arguments.add_text_encoder(parser)
+    arguments.add_length(parser, train_batch_size=16, num_train_epochs=100)
+    arguments.add_optimizer(parser, learning_rate=1e-4)
+    arguments.add_loss(parser)
+    arguments.add_dream(parser)
+    arguments.add_ema(parser)
+    arguments.add_memory(parser)
+    arguments.add_checkpoints(parser, output_dir="sd-model-finetuned")
+    arguments.add_validation(parser, validation_epochs=5, num_validation_images=1)
+    arguments.add_logging(parser, tracker_project_name="text2image-fine-tune")
+    arguments.add_hub(parser)
+    return arguments.parse(parser, argv)
+
+
+def main(args):
+    preflight.check(args)  # folders, pictures, model, disk, trackers, hub: nothing slow happens before this
+    if args.dry_run:
+        return preflight.print_plan(args)
+
+    # Imported here, so that --help and every complaint above answer at once.
+    from utils import cache, checkpoints, datasets, ema, heldout, hub, learning, losses, models, noise, optimizers
+    from utils import randomness, report, runtime, validation
+
+    call = arguments.caller(args)  # call(f, ...) adds every option that bears the name of a keyword of f
+    run = call(
+        runtime.start,
+        accumulate=args.gradient_accumulation_steps,
+        project=args.tracker_project_name,
+        config=arguments.public(args),
+        max_minutes=args.max_train_minutes,
+        resuming=bool(args.resume_from_checkpoint),
+    )
+    family = call(models.family_of, args.pretrained_model_name_or_path)
+
+    # Model: the UNet (and the text encoder) learn, in fp32; the rest stays frozen.
+    call(
+        family.load,
+        run.device,
+        run.dtype,
+        tokenizer=args.tokenizer_name,
+        vae=args.pretrained_vae_model_name_or_path,
+    )
+    learns = learning.full(family, text_encoder=args.train_text_encoder)
+    family.configure(args.gradient_checkpointing, xformers=args.enable_xformers_memory_efficient_attention)
+
+    # Data: captioned pictures, some of them held out for a loss that can be compared.
+    pictures, unseen = heldout.split(call(datasets.captioned, seed=run.seed), args.validation_split, run.seed)
+    size = args.resolution or family.resolution_default
+    how = {"interpolation": args.image_interpolation_mode, "seed": run.seed}
+    dataset = call(datasets.DreamBooth, pictures, size=size, **how)
+    held = datasets.DreamBooth(unseen, size=size, center_crop=True, **how) if unseen else None
+    if run.is_main:
+        report.preview(dataset, run.output_dir)
+        report.contact_sheet(dataset, run.output_dir, family.count_tokens, family.prompt_limit)
+    cache.latents(run, family, dataset, args.cache_latents, beside=held)
+    captions = [*dataset.captions(), *(held.captions() if held else [])]
+    few = len(captions) <= MOST_CAPTIONS
+    if not args.train_text_encoder:
+        family.cache_prompts([*(captions if few else []), *args.validation_prompt], release=few)
+
+    # Optimizer.
+    examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * run.world
+    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(dataset) / examples_per_step)
+    scale = examples_per_step if args.scale_lr else 1
+    optimizer = call(
+        optimizers.create,
+        args.optimizer,
+        learns.groups(
+            args.learning_rate * scale,
+            text_encoder_lr=args.text_encoder_lr,
+            weight_decay=args.adam_weight_decay,
+            text_encoder_weight_decay=args.adam_weight_decay_text_encoder,
+        ),
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        eight_bit=args.use_8bit_adam,
+    )
+    optimizer = run.prepare(family, learns, optimizer)
+    schedule = optimizers.schedule(
+        optimizer, args.lr_scheduler, args.lr_warmup_steps, total_steps, args.lr_num_cycles, args.lr_power
+    )
+    average = call(ema.create, learns.named())
+    corruption = call(noise.corruption_for, family.scheduler)
+
+    # Resume from the newest checkpoint in the output folder, if that is asked for and there is one.
+    saved = checkpoints.Checkpoints(
+        run.output_dir,
+        keep=args.checkpoints_total_limit,
+        verify=args.verify_checkpoint,
+        state={
+            "weights": (learns.save, learns.load),
+            "optimizer": optimizer,
+            "schedule": schedule,
+            "scaler": run.scaler,
+            "ema": average if args.use_ema else None,
+        },
+        identity=learns.describe()
+        | {
+            "base_model": args.pretrained_model_name_or_path,
+            "revision": args.revision,
+            "dataset": dataset.fingerprint(),
+            "resolution": dataset.size,
+            "caption_dropout": args.caption_dropout or None,  # as in checkpoints that know no dropout
+            "seed": run.seed,
+            "examples_per_step": [args.train_batch_size, args.gradient_accumulation_steps, run.world],
+            "optimizer": args.optimizer,
+            "precision": str(run.dtype),
+            "objective": [corruption.prediction_type, args.snr_gamma, args.noise_offset, args.dream_training],
+        },
+    )
+    first_step = saved.resume(args.resume_from_checkpoint, args.allow_resume_mismatch)
+    loader = datasets.loader(
+        dataset,
+        args.train_batch_size,
+        rank=run.rank,
+        world=run.world,
+        accumulate=args.gradient_accumulation_steps,
+        first_step=first_step,
+        workers=args.dataloader_num_workers,
+    )
+
+    sampler = validation.Sampler(
+        run,
+        family,
+        args.validation_prompt,
+        count=args.num_validation_images,
+        steps=args.validation_num_inference_steps,
+        guidance=args.validation_guidance_scale,
+        scheduler=args.validation_scheduler,
+        size=dataset.size,
+    )
+    steps_per_epoch = math.ceil(len(dataset) / examples_per_step)
+    validation_steps = args.validation_steps or steps_per_epoch * (args.validation_epochs or 0)
+    page = report.Report(run, total_steps)
+    held_out = heldout.Loss(run, family, corruption, held, args.train_batch_size)
+
+    def validate(step):
+        with run.phase("validation"):
+            with average.swapped():
+                run.also(step, validation_loss=held_out.measure())
+                sampler.draw(step)
+            page.write()
+
+    if first_step == 0 and validation_steps:
+        validate(0)  # what the model drew before it learned anything
+    for step, batch in run.steps(loader, first_step, total_steps):
+        draws = randomness.Draws(run.seed, batch["ids"], run.device)
+        with run.accumulate(learns):
+            latents = family.latents(batch, draws)  # pixels => (b, 4, h, w)
+            noisy = corruption(latents, draws)  # inputs, timesteps, target, weight
+            condition = family.condition(batch)
+            if args.dream_training:  # the network's own errors move inputs and target
+                noisy = noise.dream_with(family, noisy, condition, args.dream_detail_preservation)
+            prediction = family.predict(noisy.inputs, noisy.timesteps, condition)
+            error = losses.squared_error(prediction, noisy.target, batch.get("mask"), args.unmasked_weight)  # (b,)
+            loss = losses.average(error, noisy.weight)
+            # The facts are looked at only when the loss is no number, to name the example.
+            facts = {"timesteps": noisy.timesteps, "error": error.detach()}
+            run.backward(loss, learns, optimizer, schedule, max_norm=args.max_grad_norm, **facts)
+
+        run.log(step)
+        if run.due(step, 1):
+            average.update(step)
+        if run.due(step, args.checkpointing_steps):
+            with run.phase("saving"):
+                saved.save(step)
+        if run.due(step, validation_steps) and step < total_steps:
+            validate(step)
+
+    if run.stopping:
+        saved.save(run.step)
+        page.write()
+        run.finish()
+
+    # Leave behind: weights, sample images, a model card, the report.
+    try:
+        with run.phase("saving"), average.swapped():
+            if run.is_main:
+                family.save_pipeline(run.output_dir, skip_text_encoder=args.skip_save_text_encoder)
+            run.also(run.step, validation_loss=held_out.measure())
+            sampler.draw(run.step)
+    except BaseException:  # a full disk, a base model that has gone: what was learned must not go with it
+        if run.world == 1:  # several processes no longer agree on what comes next
+            saved.save(run.step)
+        raise
+    if run.is_main:
+        hub.card(
+            run.output_dir,
+            base_model=args.pretrained_model_name_or_path,
+            kind="text-to-image",
+            family=family.label,
+            dataset=args.dataset_name,
+            facts=learns.describe()
+            | {
+                "steps": run.step,
+                "loss of the last step": run.told.get("loss"),
+                "pictures": len(pictures),
+                "held out": len(unseen) or None,
+                "examples per step": examples_per_step,
+                "learning rate": args.learning_rate * scale,
+                "resolution": dataset.size,
+                "seed": run.seed,
+            },
+            model_id=args.hub_model_id,
+        )
+    page.write()
+    run.say(f"done: '{run.output_dir}' holds the pipeline, samples/ and report.html")
+    published = True
+    if args.push_to_hub and run.is_main:
+        published = hub.publish(run.output_dir, args.hub_model_id, private=args.hub_private)
+    run.finish(0 if published else hub.NOT_PUBLISHED)
+
+
+if __name__ == "__main__":
+    main(parse_args())
