@@ -328,13 +328,15 @@ def test_call_hands_over_options_by_the_name_of_the_keyword():
     assert call(room, "sd", 2) == ("sd", 2, 1, 0.1)
 
 
-@pytest.mark.parametrize("script", ["train_dreambooth", "train_dreambooth_lora", "train_dreambooth_lora_sdxl"])
+@pytest.mark.parametrize("script", sorted(path.stem for path in Path(__file__).parents[1].glob("train_*.py")))
 def test_every_option_is_used_somewhere(script):
     """By its script or a room: an option that is only parsed would be a promise."""
     root = Path(__file__).parents[1]
     rooms = [path for path in (root / "utils").rglob("*.py") if path.parent.name != "arguments"]
     told = "\n".join(path.read_text() for path in [root / f"{script}.py", *rooms])
     program = importlib.import_module(script)
-    required = ["--pretrained_model_name_or_path", "m", "--instance_data_dir", "d", "--instance_prompt", "p"]
+    subject = ["--instance_data_dir", "d", "--instance_prompt", "p"]
+    required = ["--pretrained_model_name_or_path", "m"]
+    required += ["--train_data_dir", "d"] if "text_to_image" in script else subject
     unused = {name for name in vars(program.parse_args(required)) if not re.search(rf"\b{name}\b", told)}
     assert unused <= WITHOUT_EFFECT
