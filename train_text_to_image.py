@@ -89,7 +89,7 @@ def main(args):
         args.optimizer,
         learns.groups(
             args.learning_rate * scale,
-            text_encoder_lr=args.text_encoder_lr,
+            text_encoder_lr=args.text_encoder_lr and args.text_encoder_lr * scale,
             weight_decay=args.adam_weight_decay,
             text_encoder_weight_decay=args.adam_weight_decay_text_encoder,
         ),
@@ -153,7 +153,7 @@ def main(args):
     )
     steps_per_epoch = math.ceil(len(dataset) / examples_per_step)
     validation_steps = args.validation_steps or steps_per_epoch * (args.validation_epochs or 0)
-    page = report.Report(run, total_steps)
+    page = report.Report(run, total_steps, defaults=arguments.defaults(args))
     held_out = heldout.Loss(run, family, corruption, held, args.train_batch_size)
 
     def validate(step):
