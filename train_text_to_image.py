@@ -67,10 +67,16 @@ def main(args):
 
     # Data: captioned pictures, some of them held out for a loss that can be compared.
     pictures, unseen = heldout.split(call(datasets.captioned, seed=run.seed), args.validation_split, run.seed)
-    size = args.resolution or family.resolution_default
-    how = {"interpolation": args.image_interpolation_mode, "seed": run.seed}
-    dataset = call(datasets.DreamBooth, pictures, size=size, **how)
-    held = datasets.DreamBooth(unseen, size=size, center_crop=True, **how) if unseen else None
+    examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * run.world
+    how = {
+        "size": args.resolution or family.resolution_default,
+        "side_factor": family.side_factor,
+        "examples_per_step": examples_per_step,
+        "interpolation": args.image_interpolation_mode,
+        "seed": run.seed,
+    }
+    dataset = call(datasets.DreamBooth, pictures, **how)
+    held = datasets.DreamBooth(unseen, center_crop=True, **how) if unseen else None  # square, whatever the shapes
     if run.is_main:
         report.preview(dataset, run.output_dir)
         report.contact_sheet(dataset, run.output_dir, family.count_tokens, family.prompt_limit)
@@ -81,7 +87,6 @@ def main(args):
         family.cache_prompts([*(captions if few else []), *args.validation_prompt], release=few)
 
     # Optimizer.
-    examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * run.world
     total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(dataset) / examples_per_step)
     scale = examples_per_step if args.scale_lr else 1
     optimizer = call(
@@ -121,7 +126,7 @@ def main(args):
             "base_model": args.pretrained_model_name_or_path,
             "revision": args.revision,
             "dataset": dataset.fingerprint(),
-            "resolution": dataset.size,
+            "resolution": dataset.resolution,
             "caption_dropout": args.caption_dropout or None,  # as in checkpoints that know no dropout
             "seed": run.seed,
             "examples_per_step": [args.train_batch_size, args.gradient_accumulation_steps, run.world],
@@ -220,7 +225,7 @@ def main(args):
                 "held out": len(unseen) or None,
                 "examples per step": examples_per_step,
                 "learning rate": args.learning_rate * scale,
-                "resolution": dataset.size,
+                "resolution": dataset.resolution,
                 "seed": run.seed,
             },
             model_id=args.hub_model_id,

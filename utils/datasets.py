@@ -308,8 +308,8 @@ class DreamBooth(Dataset):
         return records
 
     def visit(self, place: int, number: int) -> list[dict]:
-        """The record of an instance example out of the order, with the draws of that number."""
-        return [self._record(self.instance[place], number)]
+        """The square record of an instance example out of the order, with the draws of that number."""
+        return [self._record(self.instance[place], number, (self.size, self.size))]
 
     def first_views(self, most: int) -> Iterator[tuple[Example, str, Any, tuple[int, int], tuple[int, int], Any]]:
         """The first photos in their order, each as its first visit shows it: example, caption, the resized (and
