@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import cache, datasets
+from utils import cache, datasets, lost
 from utils.randomness import Draws
 
 
@@ -126,6 +126,17 @@ def test_off_and_too_large(monkeypatch, capsys):
     assert dataset.latents is None and not family.released and "memory" in capsys.readouterr().out
     cache.latents(Run(), family, dataset, "on")
     assert dataset.latents is not None
+
+
+def test_a_photo_that_vanished_after_the_preflight_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lost, "RETRIES", ())
+    for size in ((16, 16), (32, 16)):
+        Image.new("RGB", size).save(tmp_path / "a.png")
+        dataset = datasets.DreamBooth(datasets.folder(tmp_path, "p"), size=16)
+        (tmp_path / "a.png").unlink()
+        with pytest.raises(SystemExit) as stop:
+            cache.latents(Run(), Family(), dataset, "auto")
+        assert stop.value.code == 3 and "a.png' cannot be read: No such file" in capsys.readouterr().err
 
 
 def test_a_signal_leaves_everything_as_it_was():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from utils import captions, datasets, images, randomness
+from utils import captions, datasets, images, lost, randomness
 
 
 def save(path, size=(48, 32), seed=0):
@@ -275,14 +275,90 @@ def test_pictures_are_decoded_once_and_only_while_there_is_room(monkeypatch):
     assert len(calls) == 12
 
 
-def test_a_file_that_vanishes_is_named_after_a_second_try(folder, monkeypatch):
-    monkeypatch.setattr(datasets.time, "sleep", lambda seconds: None)
-    dataset = datasets.DreamBooth(datasets.folder(folder, "p"), size=8)
-    dataset.varying_crops()  # sizes are known by now
+@pytest.fixture
+def at_once(monkeypatch):
+    """No pauses between attempts, and no picture is remembered."""
+    monkeypatch.setattr(lost.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(datasets, "REMEMBERED", 0)
+
+
+def test_another_photo_stands_in_for_one_that_was_lost(folder, at_once, monkeypatch):
+    for number in range(17):
+        save(folder / f"more-{number:02d}.png", seed=number + 3)
+
+    def dataset(policy):
+        return datasets.DreamBooth(datasets.folder(folder, "p"), size=8, seed=2, on_bad_image=policy)
+
+    whole, after, strict = dataset("skip"), dataset("skip"), dataset("error")
+    before = [whole[position][0] for position in range(60)]
+    assert all(record["lost"] is None for record in before)
+    lost = {before[0]["keys"], before[1]["keys"]}
+    for example in whole.instance:
+        if example.key == before[0]["keys"]:
+            os.remove(example.source)
+        elif example.key == before[1]["keys"]:
+            with open(example.source, "r+b") as file:
+                file.truncate(100)
+    found = [after[position][0] for position in range(60)]
+    for old, new in zip(before, found, strict=True):
+        assert new["ids"] == old["ids"], "noise is that of the position"
+        if old["keys"] in lost:
+            assert new["keys"] not in lost and "stand in" in new["lost"][0] and not new["lost"][1]
+        else:
+            assert new["lost"] is None and new["keys"] == old["keys"] and torch.equal(new["pixels"], old["pixels"])
+    assert sum(record["lost"] is not None for record in found) == 6, "three epochs"
+    resumed = dataset_again(after)
+    assert [resumed[position][0]["keys"] for position in range(59, -1, -1)] == [r["keys"] for r in reversed(found)]
+    message, fatal = strict[0][0]["lost"]
+    assert fatal and ".png' cannot be read" in message and "--on_bad_image skip" in message
+    (batch,) = take(1, after, 20)
+    assert len(batch["lost"]) == 2 and batch["pixels"].shape == (20, 3, 8, 8)
+    os.remove(next(one.source for one in whole.instance if one.key == before[2]["keys"]))
+    message, fatal = after[2][0]["lost"]
+    assert fatal and "3 of 20 pictures are lost, and at most 2 may be" in message
+
+
+def dataset_again(dataset):
+    """The same photos as another process sees them, which knows of no loss yet."""
+    return datasets.DreamBooth(dataset.instance, size=8, seed=2, on_bad_image="skip")
+
+
+def test_a_stand_in_takes_the_shape_of_its_batch(tmp_path, at_once):
+    for number in range(10):
+        save(tmp_path / f"wide-{number}.png", (64, 32), number)
+    save(tmp_path / "high.png", (32, 64), 11)
+    dataset = datasets.DreamBooth(datasets.folder(tmp_path, "p"), size=32, on_bad_image="skip",
+                                  resolution_buckets="auto", side_factor=8, examples_per_step=2)  # fmt: skip
+    os.remove(tmp_path / "high.png")
+    batches = take(12, dataset, 2)
+    assert sum(len(batch["lost"]) for batch in batches) >= 2
+    for batch in batches:
+        _, _, height, width = batch["pixels"].shape
+        assert (height > width) == bool(batch["lost"]) and not any(fatal for _, fatal in batch["lost"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_when_all_photos_are_lost_there_is_still_a_batch_to_end_the_run_with(folder, at_once, workers):
+    dataset = datasets.DreamBooth(datasets.folder(folder, "p"), size=8, on_bad_image="skip")
     for path in images.list_images(folder):
         os.remove(path)
-    with pytest.raises(images.BadImage, match=r"png' cannot be read"):
-        dataset[0]
+    (batch,) = take(1, dataset, 3, workers=workers)
+    assert all(fatal for _, fatal in batch["lost"]) and len(batch["lost"]) == 3
+    assert batch["pixels"].shape == (3, 3, 8, 8) and not batch["pixels"].any()
+
+
+def test_a_drive_that_blinks_costs_nothing(folder, monkeypatch):
+    waited, opened = [], images.open_rgb
+    monkeypatch.setattr(lost.time, "sleep", waited.append)
+
+    def blink(source):
+        if len(waited) < 2:
+            raise images.BadImage(str(source), "cannot be read: the drive has gone")
+        return opened(source)
+
+    dataset = datasets.DreamBooth(datasets.folder(folder, "p"), size=8)
+    monkeypatch.setattr(images, "open_rgb", blink)
+    assert dataset[0][0]["lost"] is None and waited == list(lost.RETRIES)
 
 
 def test_a_dataset_with_columns(tmp_path, capsys):

@@ -495,6 +495,11 @@ def test_two_processes_are_one_training(tmp_path):
         assert both["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert both["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
 
+    # One process cannot read a picture: all of them stop before that step, and save the one before it.
+    done = launch("total=9", "resume=latest", "lost=8")
+    assert "'x.jpg' cannot be read" in done.stderr and "stopped after step 7 of 9" in done.stdout
+    assert (tmp_path / "two" / "checkpoint-7" / "manifest.json").is_file() and "exitcode  : 3" in done.stderr
+
     # One process is told to stop (as a scheduler may): all of them stop at the same step, and save it once.
     process = subprocess.Popen(
         [*torchrun, *options, "total=5000", "pause=0.01", "every=0", "resume=latest"],

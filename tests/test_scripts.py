@@ -381,6 +381,59 @@ def test_a_folder_with_a_run_is_not_overwritten(train, script, capsys):
     train(script, "--max_train_steps 1 --train_batch_size 1 --overwrite_output_dir")
 
 
+@pytest.fixture
+def losing(photos, monkeypatch):
+    """A photo vanishes or is cut short after the second step, while every visit opens it anew."""
+    from utils import datasets, lost, runtime
+
+    monkeypatch.setattr(datasets, "REMEMBERED", 0)
+    monkeypatch.setattr(lost, "RETRIES", ())
+    path, log = sorted(photos.glob("*.png"))[1], runtime.Run.log
+    whole = path.read_bytes()
+
+    def lose(run, step, **values):
+        log(run, step, **values)
+        if step == 2:
+            path.write_bytes(whole[:200]) if lose.cut else path.unlink()
+
+    monkeypatch.setattr(runtime.Run, "log", lose)
+    lose.path, lose.whole, lose.patched = path, whole, monkeypatch
+    return lose
+
+
+LOSING = "--cache_latents off --max_train_steps 8 --train_batch_size 1 --learning_rate 1e-3 --checkpointing_steps 0"
+
+
+@BOTH
+def test_a_photo_lost_while_training_ends_the_run_saved_and_named(train, script, losing, photos, tmp_path, capsys):
+    losing.cut = True
+    with pytest.raises(SystemExit) as stop:
+        train(script, LOSING)
+    said = capsys.readouterr()
+    assert stop.value.code == 3 and str(losing.path) in said.err and "cannot be decoded" in said.err
+    step = len(losses(tmp_path / "run"))
+    assert 2 <= step < 8 and (tmp_path / "run" / f"checkpoint-{step}").is_dir()
+    assert f"stopped after step {step} of 8" in said.out
+    losing.patched.undo()
+    losing.path.write_bytes(losing.whole)
+    again = train(script, f"{LOSING} --resume_from_checkpoint latest")
+    assert same(again, train(script, LOSING, "whole")), "what could not be seen was not trained on"
+
+
+@BOTH
+def test_another_photo_stands_in_for_one_lost_while_training(train, script, losing, photos, capsys):
+    losing.cut = False
+    folder = train(script, f"{LOSING} --on_bad_image skip", "lost")
+    said = capsys.readouterr()
+    assert said.err.count(str(losing.path)) == 1 and "others stand in for it" in said.err
+    stood_in = [row["step"] for row in rows(folder) if "stand_ins" in row]
+    assert stood_in and f"{len(stood_in)} times a picture stood in" in said.out
+    losing.patched.undo()
+    losing.path.write_bytes(losing.whole)
+    whole = losses(train(script, f"{LOSING} --on_bad_image skip", "whole"))
+    assert losses(folder)[: stood_in[0] - 1] == whole[: stood_in[0] - 1] and losses(folder) != whole
+
+
 @BOTH
 def test_photos_are_left_as_they_are(train, script, photos):
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(photos.rglob("*"))}

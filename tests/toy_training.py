@@ -48,13 +48,14 @@ class Learns:
         return hashlib.sha256(parts).hexdigest()[:16]
 
 
-def loader(first_step, batch=2, rank=0, world=1, accumulate=1):
-    """Endless; the batch at a position is a function of the position."""
+def loader(first_step, batch=2, rank=0, world=1, accumulate=1, lost=0):
+    """Endless; the batch at a position is a function of the position. In step `lost` the last rank misses a picture."""
     step = first_step
     while True:
         for micro in range(accumulate):
             ids = list(randomness.positions(step, micro, rank, batch=batch, world=world, accumulate=accumulate))
-            yield {"ids": torch.tensor(ids), "keys": [f"photo-{number}" for number in ids]}
+            missing = [("'x.jpg' cannot be read", True)] if step + 1 == lost and rank == world - 1 else []
+            yield {"ids": torch.tensor(ids), "keys": [f"photo-{number}" for number in ids], "lost": missing}
         step += 1
 
 
@@ -88,6 +89,7 @@ def train(
     poison=None,  # the step in which a loss becomes NaN
     width=4,
     dropout=True,
+    lost=0,  # the step in which a picture cannot be read by the last rank
     hold=None,  # "phase": wait inside a phase before training
     scale=None,  # of the loss, as in fp16
     **options,
@@ -119,7 +121,7 @@ def train(
             while not run.interrupted:
                 time.sleep(0.05)
     first_step = saved.resume(resume)
-    for step, records in run.steps(loader(first_step, batch, run.rank, run.world, accumulate), first_step, total):
+    for step, records in run.steps(loader(first_step, batch, run.rank, run.world, accumulate, lost), first_step, total):
         draws = randomness.Draws(run.seed, records["ids"], run.device)
         with run.accumulate(learns):
             x = draws.normal("x", (width,))

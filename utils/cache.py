@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from utils import errors
+from utils import errors, images
 
 AUTO_LIMIT = 8 * 2**30  # bytes in main memory that `auto` takes at most; `on` takes what is needed
 
@@ -39,6 +39,13 @@ def latents(run, family, dataset, mode: str = "auto", beside=None) -> None:
     """
     if mode == "off":
         return
+    try:
+        _fill(run, family, dataset, mode)
+    except images.BadImage as bad:
+        errors.refuse(f"{bad}; it was whole when the run began", errors.DATA)
+
+
+def _fill(run, family, dataset, mode: str) -> None:
     if dataset.varying_crops():
         if mode == "on":
             errors.refuse(

@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from utils import buckets, errors, images, masks, randomness
+from utils import buckets, errors, images, lost, masks, randomness
 from utils import captions as caption_files
 
 REMEMBERED = 2**29  # bytes of resized pictures kept between visits, so that a photo is decoded once and not each epoch
@@ -205,6 +204,8 @@ class DreamBooth(Dataset):
         ids               2 * position for the instance, 2 * position + 1 for the class: noise is drawn by it
         original_size     (height, width) of the upright photo
         crop_top_left     (top, left) of the crop in the resized (and mirrored) photo
+        lost              None; or why another picture stands in for one that cannot be read any more, and whether the
+                          run must stop for it (`on_bad_image` error, or too many of them)
 
     All pictures are square, or with `resolution_buckets` each photo has the nearest of several shapes. Then those of a
     whole optimizer step share one, class examples included, however it is split over micro-steps and processes;
@@ -222,6 +223,7 @@ class DreamBooth(Dataset):
         seed: int = 0,
         repeats: int = 1,  # how often an instance picture counts in an epoch
         caption_dropout: float = 0.0,  # share of visits with an empty caption: what guidance compares with
+        on_bad_image: str = "error",  # what a picture does that becomes unreadable while the run goes on
         resolution_buckets: str = buckets.OFF,  # off, auto, or shapes as buckets.spelled writes them
         side_factor: int = buckets.SIDE,  # pixels of which the model wants sides to be a multiple; for buckets
         examples_per_step: int = 1,  # of all processes and micro-steps; for buckets
@@ -236,6 +238,7 @@ class DreamBooth(Dataset):
         self.latents = None  # cache.latents puts the posteriors here
         self._sizes: dict[str, tuple[int, int]] = {}
         self._remembered: dict[tuple[str, tuple[int, int]], Any] = {}
+        self.lost = lost.Lost(on_bad_image)
         self._room = REMEMBERED
         self.shapes = buckets.shapes(resolution_buckets, size, side_factor) or [(size, size)]
         self._in_shape: dict[tuple[int, int], list[int]] = {}  # visits; shapes that no photo has are not here
@@ -321,8 +324,11 @@ class DreamBooth(Dataset):
         for place, example in enumerate(self.instance[:most]):
             shape = self._visit(visits[place])[1]
             caption, flip, corner = self._view(example, 2 * visits[place], shape)
-            mask = _mirrored(self._resized_mask(example, shape), flip) if example.mask else None
-            picture = _mirrored(self._picture(example, shape, remember=True), flip)
+            try:
+                mask = _mirrored(self._resized_mask(example, shape), flip) if example.mask else None
+                picture = _mirrored(self._picture(example, shape, remember=True), flip)
+            except images.BadImage:  # lost since the preflight: training will tell
+                continue
             yield example, caption, picture, corner, shape, mask
 
     def pairs(self) -> list[tuple[Example, tuple[int, int]]]:
@@ -346,6 +352,34 @@ class DreamBooth(Dataset):
         return caption, flip, images.crop_place(*resized, shape, self.center_crop, rng)
 
     def _record(self, example: Example, number: int, shape: tuple[int, int]) -> dict:
+        """The record of an example or, if its picture cannot be read any more, of the next one of its kind.
+
+        Nothing else moves: every other position shows what it would have shown.
+        """
+        record = self.lost.stand_in([example], lambda one: self._seen(one, number, shape))
+        if record is not None:
+            return record | {"lost": None}
+        kind = self.classes if example.is_class else self.instance
+        if self.latents is not None:  # those of another shape were not encoded in this one
+            kind = [one for one, other in self.pairs() if other == shape and one.is_class == example.is_class]
+        kind = [one for one in kind if one.concept == example.concept]
+        place = next((place for place, one in enumerate(kind) if one is example), 0)
+        record = self.lost.stand_in(kind[place:] + kind[:place], lambda one: self._seen(one, number, shape))
+        why, fatal = self.lost.verdict(example.key, len({one.key for one in self.examples}))
+        return (record or self._blank(example, number, shape)) | {"lost": (why, fatal or record is None)}
+
+    def _blank(self, example: Example, number: int, shape: tuple[int, int]) -> dict:
+        """In the place of a record where nothing is left to stand in: the step under way will not be taken."""
+        width, height = shape
+        record = {"captions": "", "keys": example.key, "is_class": example.is_class, "ids": number}
+        record |= {"original_size": (height, width), "crop_top_left": (0, 0)}
+        if self.masked:
+            record["mask"] = torch.full((1, height, width), 255, dtype=torch.uint8)
+        if self.latents is None:
+            return record | {"pixels": torch.zeros(3, height, width)}
+        return record | dict(zip(("latent_mean", "latent_std"), self.latents.get(example.key, False, shape)))
+
+    def _seen(self, example: Example, number: int, shape: tuple[int, int]) -> dict:
         caption, flip, place = self._view(example, number, shape)
         if self.caption_dropout and randomness.rng(self.seed, "dropout", number).random() < self.caption_dropout:
             caption = ""
@@ -368,9 +402,9 @@ class DreamBooth(Dataset):
 
     def varying_crops(self) -> bool:
         """Whether a picture is seen through different crops; one that has its shape once resized never is."""
-        return not self.center_crop and any(
-            images.resized_size(*self._size_of(example), shape) != shape for example, shape in self.pairs()
-        )
+        # All of them are looked at: once latents are cached, no picture is opened any more.
+        fits = [images.resized_size(*self._size_of(example), shape) == shape for example, shape in self.pairs()]
+        return not self.center_crop and not all(fits)
 
     def pixels(
         self,
@@ -401,7 +435,7 @@ class DreamBooth(Dataset):
 
     def _size_of(self, example: Example) -> tuple[int, int]:
         if example.key not in self._sizes:
-            self._sizes[example.key] = images.size_of(example.source)
+            self._sizes[example.key] = lost.patiently(lambda: images.size_of(example.source))
         return self._sizes[example.key]
 
     def _picture(self, example: Example, shape: tuple[int, int], remember: bool):
@@ -416,21 +450,13 @@ class DreamBooth(Dataset):
     def _resized(self, key: str, read: Callable, shape: tuple[int, int], interpolation: str, remember: bool = True):
         if (key, shape) in self._remembered:
             return self._remembered[key, shape]
-        picture = images.resize_to_cover(_patiently(read), shape, interpolation)
+        picture = images.resize_to_cover(lost.patiently(read), shape, interpolation)
         worker = get_worker_info()  # each worker process remembers for itself
         needed = len(picture.getbands()) * picture.width * picture.height * (worker.num_workers if worker else 1)
         if remember and needed <= self._room:
             self._room -= needed
             self._remembered[key, shape] = picture
         return picture
-
-
-def _patiently(read: Callable):
-    try:
-        return read()
-    except images.BadImage:
-        time.sleep(0.5)  # a network drive may have blinked; the preflight has seen this file whole
-        return read()
 
 
 def _mirrored(picture, flip: bool):
@@ -447,6 +473,8 @@ def collate(items: Sequence[list[dict]]) -> dict:
         values = [record[name] for record in records]
         if name in ("captions", "keys"):
             batch[name] = values
+        elif name == "lost":
+            batch[name] = [value for value in values if value]
         elif isinstance(values[0], torch.Tensor):
             batch[name] = torch.stack(values)
         else:  # is_class bool (b,), ids int64 (b,), original_size and crop_top_left int64 (b, 2)

@@ -25,9 +25,12 @@ def refuse(message: str | Sequence[str], code: int = OPTIONS, once: bool = False
     raise SystemExit(code)
 
 
-def warn(message: str) -> None:
-    """One line that a person should read although the run goes on; said once a machine, not once a process."""
-    if _first_here():
+def warn(message: str, everywhere: bool = False) -> None:
+    """One line that a person should read although the run goes on; said once a machine, not once a process.
+
+    `everywhere`: what only this process knows.
+    """
+    if everywhere or _first_here():
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 

@@ -187,7 +187,7 @@ def _opened(source, max_pixels: int):
     except Image.DecompressionBombError:
         raise BadImage(name, f"claims to have more than {max_pixels:,} pixels") from None
     except Exception as error:  # a broken header raises whatever its plugin stumbled over
-        raise BadImage(name, f"cannot be read: {error}") from None
+        raise BadImage(name, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     width, height = image.size
     if width * height > max_pixels:
         image.close()
@@ -218,7 +218,7 @@ def _why_unknown(source) -> str:
             file.seek(0)
             head = file.read(16)
     except OSError as error:
-        return f"cannot be read: {error}"
+        return f"cannot be read: {error.strerror or error}"
     if not head:
         return "is empty (0 bytes)"
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):

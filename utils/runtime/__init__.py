@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from utils import errors, randomness
-from utils.runtime import engines, guard, progress, signals, startup, trackers
+from utils.runtime import engines, guard, progress, signals, stand_ins, startup, trackers
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -76,6 +76,7 @@ class Run:
         self.trackers = trackers.Trackers(accelerator, "")
         self.lock = startup.FolderLock(output_dir)
         self.guard = guard.Guard(output_dir, on_nan, self.is_main, self.world, on_loss_spike)
+        self.stand_ins = stand_ins.StandIns()
         self._agreed = 0  # the exit code that all processes agreed to stop with
         self.engine = engines.made_for(accelerator, accumulate)
         self._wrapped, self._parameters = {}, None  # modules as prepared; (learns, its parameters)
@@ -114,6 +115,8 @@ class Run:
 
     def finish(self, code: int = 0) -> int:
         """Call last, or when `stopping` and the checkpoint is written. Leaves with `code`, or that of an early stop."""
+        if self.stand_ins.count:
+            self.say(f"{self.stand_ins.count} times a picture stood in for one that could not be read")
         stopped = self.stopping
         if stopped:
             code = self._agreed or self.stop.code
@@ -216,16 +219,18 @@ class Run:
             while self.step < total and not self.stopping:
                 step = self.step + 1
                 self._loss, self._examples = None, []
+                self.stand_ins.begin_step()
                 for micro in range(self.accumulation):
                     batch = next(batches, None)
                     if batch is None:
                         raise RuntimeError("the data ended before the training: the loader must be endless")
+                    batch = self.stand_ins.take(batch)
                     # Identities stay behind: noise is drawn by them here, and fetching them back would wait.
                     batch = {name: v if name == "ids" else self._to_device(v) for name, v in batch.items()}
                     self._examples.append({name: batch.get(name) for name in ("ids", "keys")})
                     randomness.seed_step(self.seed, step - 1, micro, self.rank)
                     yield step, batch
-                if self.step != step:
+                if self.step != step and not self.stopping:
                     raise RuntimeError("run.backward was not called for every batch")
             return
         self.stop.reason = self.stop.reason or "SIGINT"
@@ -272,7 +277,10 @@ class Run:
         if self.scaler is not None:
             self.scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
         norm = guard.gradient_norm(parameters).to(self.device)
-        loss, size, self._agreed = self._agree(self._loss, norm)
+        loss, size, self._agreed, stood_in, unusable = self._agree(self._loss, norm)
+        if unusable:  # what this step saw is not what was asked for: it is left out, and the run ends before it
+            self._agreed = errors.DATA
+            return
         rates = _rates(optimizer.param_groups)
 
         stepped = self.guard.allows(self.step + 1, loss, size, self.scaler is not None, self._examples)
@@ -288,21 +296,21 @@ class Run:
                 if not stepped:
                     warnings.simplefilter("ignore")
                 schedule.step()
-        self._complete(loss, size, rates, stepped, spike)
+        self._complete(loss, size, rates, stepped, spike, stood_in)
 
-    def _agree(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float, int]:
-        """Mean loss, gradient norm (equal everywhere: gradients were averaged) and the highest stop code."""
-        code = self.stop.code if self.interrupted else 0
+    def _agree(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float, int, int, bool]:
+        """Mean loss, gradient norm (equal everywhere: gradients were averaged), the highest stop code, how many
+        examples others stood in for, and whether one of them ends the run."""
+        facts = [self.stop.code if self.interrupted else 0, self.stand_ins.in_step, self.stand_ins.fatal]
         if self.world == 1:
-            loss, norm = torch.stack([loss, norm.float()]).tolist()
-            return loss, norm, code
-        own = torch.stack([loss, norm.float(), torch.full_like(loss, code)])
+            return *torch.stack([loss, norm.float()]).tolist(), *facts
+        own = torch.stack([loss, norm.float(), *(torch.full_like(loss, fact) for fact in facts)])
         everyone = [torch.empty_like(own) for _ in range(self.world)]
         torch.distributed.all_gather(everyone, own)
-        rows = torch.stack(everyone).tolist()
-        return math.fsum(row[0] for row in rows) / self.world, rows[0][1], int(max(row[2] for row in rows))
+        losses, norms, codes, stood_in, fatal = torch.stack(everyone).T.tolist()
+        return math.fsum(losses) / self.world, norms[0], int(max(codes)), int(sum(stood_in)), any(fatal)
 
-    def _complete(self, loss: float, norm: float, rates: dict, stepped: bool, spike: float | None) -> None:
+    def _complete(self, loss, norm, rates: dict, stepped: bool, spike: float | None, stood_in: int) -> None:
         seconds = self.clock.step()
         self.step += 1
         self.told = {"loss": loss, "grad_norm": norm, **rates, "seconds": round(seconds, 5)}
@@ -310,6 +318,9 @@ class Run:
             self.told["skipped"] = 1
         if spike is not None:
             self.told["spike"] = round(spike, 2)
+        if stood_in:
+            self.told["stand_ins"] = stood_in
+            self.stand_ins.count += stood_in
         if self._line:
             self._line.step(self.step, loss, seconds, rates["lr"])
 
