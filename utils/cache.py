@@ -40,12 +40,12 @@ def latents(run, family, dataset, mode: str = "auto", beside=None) -> None:
     if mode == "off":
         return
     try:
-        _fill(run, family, dataset, mode)
+        _fill(run, family, dataset, mode, beside)
     except images.BadImage as bad:
         errors.refuse(f"{bad}; it was whole when the run began", errors.DATA)
 
 
-def _fill(run, family, dataset, mode: str) -> None:
+def _fill(run, family, dataset, mode: str, beside) -> None:
     if dataset.varying_crops():
         if mode == "on":
             errors.refuse(
