@@ -24,7 +24,7 @@ def train(sd1, photos, tmp_path, capsys):
     def call(script, options="", name="run", model=sd1):
         module = importlib.import_module(script)
         folder = tmp_path / name
-        base = f"--pretrained_model_name_or_path '{model}' --output_dir '{folder}' --report_to none"
+        base = f"--pretrained_model_name_or_path '{model}' --output_dir '{folder}'"
         given = shlex.split(f"{base} {options}")
         if "--instance_data_dir" not in options and "--dataset_name" not in options:
             given += ["--instance_data_dir", str(photos)]
@@ -32,6 +32,8 @@ def train(sd1, photos, tmp_path, capsys):
             given += ["--instance_prompt", PROMPT]
         if "--seed" not in options:
             given += ["--seed", "3"]
+        if "--report_to" not in options:
+            given += ["--report_to", "none"]
         module.main(module.parse_args(given))
         return folder
 

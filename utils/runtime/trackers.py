@@ -1,6 +1,7 @@
 """TensorBoard, Weights & Biases and their like, through accelerate. A failing tracker costs a warning."""
 
 import contextlib
+import os
 
 from utils import errors
 from utils.runtime import startup
@@ -16,7 +17,8 @@ class Trackers:
         if self.accelerator.log_with and self.accelerator.is_main_process and not self.started:
             self.started = True
             with self._trouble("trackers"):
-                self.accelerator.init_trackers(self.project, config=startup.for_trackers(config))
+                options = {"wandb": self._wandb()} if "wandb" in map(str, self.accelerator.log_with) else {}
+                self.accelerator.init_trackers(self.project, startup.for_trackers(config), options)
                 self.active = list(self.accelerator.trackers)
 
     def log(self, values: dict, step: int) -> None:
@@ -43,6 +45,13 @@ class Trackers:
             with self._trouble(tracker.name):
                 tracker.finish()
         self.active = []
+
+    def _wandb(self) -> dict:
+        """Its files go where other trackers' go, not into the folder that the run was started from."""
+        if os.environ.get("WANDB_DIR"):
+            return {}
+        os.makedirs(self.accelerator.logging_dir, exist_ok=True)
+        return {"dir": self.accelerator.logging_dir}
 
     @contextlib.contextmanager
     def _trouble(self, name: str, tracker=None):
