@@ -185,7 +185,7 @@ def main(args):
         with run.accumulate(learns):
             latents = family.latents(batch, draws)  # pixels => (b, 4, h, w)
             noisy = corruption(latents, draws)  # inputs, timesteps, target, weight
-            condition = family.condition(batch)
+            condition = family.condition(batch, draws)
             if args.dream_training:  # the network's own errors move inputs and target
                 noisy = noise.dream_with(family, noisy, condition, args.dream_detail_preservation)
             prediction = family.predict(noisy.inputs, noisy.timesteps, condition)

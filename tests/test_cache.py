@@ -30,6 +30,8 @@ class Run(SimpleNamespace):
 class Family:
     """Its "VAE" shrinks by 2 and gives every picture a posterior of its own; it counts what it encodes."""
 
+    caches_latents = True
+
     def __init__(self):
         self.encoded, self.released, self.sizes = 0, 0, []
 

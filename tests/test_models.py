@@ -67,7 +67,7 @@ def test_models_it_cannot_train_are_refused(tmp_path, capsys, index, says):
 
 
 def test_in_painting_and_missing_weights_are_refused(sd1, tmp_path, capsys):
-    for name, says in [("nine", "in-painting"), ("bin", "safetensors")]:
+    for name, says in [("nine", "9 for in-painting"), ("bin", "safetensors")]:
         folder = shutil.copytree(sd1, tmp_path / name)
         if name == "nine":
             import tiny

@@ -162,6 +162,20 @@ def stable_diffusion_xl(seed=2):
         )
 
 
+def inpainting(pipeline, seed=3):
+    """The in-painting sibling of a pipeline: its UNet also takes a mask and the latents of what is seen."""
+    import diffusers
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        options = {key: value for key, value in pipeline.unet.config.items() if not key.startswith("_")}
+        whole = diffusers.UNet2DConditionModel(**options | {"in_channels": 9})
+    kind = getattr(diffusers, type(pipeline).__name__.replace("Pipeline", "InpaintPipeline"))
+    parts = {name: part for name, part in pipeline.components.items() if name != "image_encoder"}
+    more = {"add_watermarker": False} if "text_encoder_2" in parts else {"requires_safety_checker": False}
+    return kind(**parts | {"unet": whole}, **more)
+
+
 def save(pipeline, folder):
     """A stock diffusers folder, the text encoder keyed with `text_model.` as in every published one."""
     from safetensors.torch import load_file, save_file

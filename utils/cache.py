@@ -46,6 +46,12 @@ def latents(run, family, dataset, mode: str = "auto", beside=None) -> None:
 
 
 def _fill(run, family, dataset, mode: str, beside) -> None:
+    if not family.caches_latents:
+        if mode == "on":
+            errors.refuse(
+                "--cache_latents on: an in-painting model sees another part of each picture every time; use auto or off"
+            )
+        return
     if dataset.varying_crops():
         if mode == "on":
             errors.refuse(

@@ -44,7 +44,7 @@ class Loss:
             batch = {n: v.to(self.run.device) if torch.is_tensor(v) and n != "ids" else v for n, v in batch.items()}
             draws = randomness.Draws(randomness.seed_of(self.run.seed, "held out"), batch["ids"], self.run.device)
             noisy = self.corruption(self.family.latents(batch, draws), draws)
-            prediction = self.family.predict(noisy.inputs, noisy.timesteps, self.family.condition(batch))
+            prediction = self.family.predict(noisy.inputs, noisy.timesteps, self.family.condition(batch, draws))
             error = losses.squared_error(prediction, noisy.target)
             total += torch.stack([error.double().sum(), torch.tensor(float(len(error)), device=error.device).double()])
         for module in modules:

@@ -54,7 +54,7 @@ def card(
     data = ModelCardData(
         base_model=base_model,
         library_name="diffusers",
-        license=license or LICENSES.get(family, "other"),
+        license=license or LICENSES.get(family.removesuffix("-inpainting"), "other"),
         pipeline_tag="text-to-image",
         tags=tags,
         datasets=[dataset] if dataset and re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) else None,

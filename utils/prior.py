@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from utils import errors, images, randomness
+from utils import errors, images, randomness, validation
 
 SIDECAR = "class_images.json"
 STEPS = 25  # of DPM-Solver++, which needs half of what the default solvers do
@@ -142,6 +142,7 @@ def _draw(
                 num_inference_steps=STEPS,
                 guidance_scale=guidance,
                 **size,
+                **validation.canvas(pipeline, len(names)),
             ).images
             for name, picture in zip(names, drawn, strict=True):
                 temporary = folder / f".{name}.tmp"  # hidden; what a kill leaves is overwritten by the next run

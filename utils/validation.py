@@ -5,6 +5,7 @@ trace in the training: train mode, gradients and every random state are as they 
 """
 
 import contextlib
+import inspect
 import io
 import random
 from collections.abc import Iterator, Sequence
@@ -142,9 +143,20 @@ def draw(
                 guidance_scale=guidance,
                 width=width,
                 height=height,
-                **more,
+                **(canvas(pipeline, len(chunk)) | more),
             ).images
         yield from enumerate(images, start)
+
+
+def canvas(pipeline, count: int) -> dict:
+    """What an in-painting pipeline wants besides a prompt when all of the picture is to be drawn; {} for others."""
+    if "mask_image" not in inspect.signature(pipeline.__call__).parameters:
+        return {}
+    from PIL import Image
+
+    # Resized to what is drawn; one for each image, since each has a generator of its own.
+    grey, all_of_it = Image.new("RGB", (64, 64), "grey"), Image.new("L", (64, 64), 255)
+    return {"image": [grey] * count, "mask_image": [all_of_it] * count, "strength": 1.0}
 
 
 def _rows(value, chunk: range, count: int):

@@ -2,7 +2,7 @@
 
 Every family has: load, posterior, latents, encode_prompts, cache_prompts, condition, predict, sampling_prompts,
 pipeline, pipeline_from_disk, configure, save_pipeline, use, and the attributes label, names, encoders, lora_targets,
-trainable, scheduler, resolution_default, side_factor, latent_channels, prompt_limit.
+trainable, scheduler, resolution_default, side_factor, latent_channels, prompt_limit, caches_latents.
 """
 
 import importlib
@@ -25,6 +25,8 @@ FAMILIES = {
     "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
     "StableDiffusionImg2ImgPipeline": ("stable_diffusion", "StableDiffusion"),
     "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
+    "StableDiffusionInpaintPipeline": ("inpainting", "StableDiffusionInpainting"),
+    "StableDiffusionXLInpaintPipeline": ("inpainting", "StableDiffusionXLInpainting"),
 }
 LIBRARIES = ("diffusers", "transformers")  # whose classes a model may name
 LATER = {"IFPipeline": "IF comes with its family", "IFSuperResolutionPipeline": "IF comes with its family"}

@@ -44,6 +44,8 @@ class LatentDiffusion:
     encoders = types.MappingProxyType({})  # text encoder -> its class
     tokenizers = ("tokenizer",)  # one for each encoder
     pipeline_class, pipeline_options = DiffusionPipeline, types.MappingProxyType({})
+    more_channels = 0  # of the UNet's input, beside the noisy latents
+    caches_latents = True  # whether every picture is encoded alike each time it is seen
 
     def __init__(
         self,
@@ -105,10 +107,11 @@ class LatentDiffusion:
         if name == "vae":
             return self._read_vae(dtype)
         unet = self._read(UNet2DConditionModel, name, torch_dtype=dtype)
-        if unet.config.in_channels != unet.config.out_channels:
+        if unet.config.in_channels != unet.config.out_channels + self.more_channels:
             errors.refuse(
                 f"--pretrained_model_name_or_path {self.name}: its UNet takes {unet.config.in_channels} channels, "
-                "so it is an in-painting or depth model; give the plain text-to-image model"
+                f"and a {self.pipeline_class.__name__}, which its model_index.json names, is trained with "
+                f"{unet.config.out_channels + self.more_channels}: 4 for text-to-image, 9 for in-painting"
             )
         return unet
 
@@ -166,7 +169,7 @@ class LatentDiffusion:
 
     @property
     def latent_channels(self) -> int:
-        return self.unet.config.in_channels
+        return self.unet.config.out_channels
 
     @property
     def shrinking(self) -> int:
@@ -231,8 +234,10 @@ class LatentDiffusion:
             mean, std = batch["latent_mean"].float(), batch["latent_std"].float()
         else:
             mean, std = self.posterior(batch["pixels"])
-        noise = draws.normal("posterior", tuple(mean.shape[1:])).to(mean.device)
-        sample = mean + std * noise
+        return self._sampled(mean, std, draws)
+
+    def _sampled(self, mean: torch.Tensor, std: torch.Tensor, draws, purpose: str = "posterior") -> torch.Tensor:
+        sample = mean + std * draws.normal(purpose, tuple(mean.shape[1:])).to(mean.device)
         config = self.vae.config
         if config.latents_mean is not None and config.latents_std is not None:
             shift, width = (
@@ -310,7 +315,7 @@ class LatentDiffusion:
         names = self._prompts[texts[0]]
         return {name: torch.stack([self._prompts[text][name] for text in texts]).to(self.device) for name in names}
 
-    def condition(self, batch: dict) -> dict[str, torch.Tensor]:
+    def condition(self, batch: dict, draws=None) -> dict[str, torch.Tensor]:
         """What the UNet listens to besides the noisy latents: {"text": (b, 77, c), ...}."""
         encoders = {name: getattr(self, name) for name in self.encoders}
         if any(name in self._wrapped or (module and module.training) for name, module in encoders.items()):

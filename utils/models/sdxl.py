@@ -60,8 +60,8 @@ class StableDiffusionXL(LatentDiffusion):
                 hidden[-1] = hidden[-1] + 0 * heard[0].mean()
         return {"text": torch.cat([part.to(hidden[0].dtype) for part in hidden], dim=-1), "pooled": heard[0]}
 
-    def condition(self, batch: dict) -> dict[str, torch.Tensor]:
-        return super().condition(batch) | {"time_ids": self.time_ids(batch)}
+    def condition(self, batch: dict, draws=None) -> dict[str, torch.Tensor]:
+        return super().condition(batch, draws) | {"time_ids": self.time_ids(batch)}
 
     def time_ids(self, batch: dict) -> torch.Tensor:
         """Original height and width, top and left of the crop, height and width now: (b, 6).
