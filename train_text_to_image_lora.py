@@ -132,12 +132,12 @@ def main(args):
             "ema": average if args.use_ema else None,
         },
         identity=learns.describe()
+        | arguments.identity(args)  # options that change what is learned
         | {
             "base_model": args.pretrained_model_name_or_path,
             "revision": args.revision,
             "dataset": dataset.fingerprint(),
             "resolution": dataset.resolution,
-            "caption_dropout": args.caption_dropout or None,  # as in checkpoints that know no dropout
             "seed": run.seed,
             "examples_per_step": [args.train_batch_size, args.gradient_accumulation_steps, run.world],
             "optimizer": args.optimizer,

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from utils import arguments, errors
+from utils.arguments.identity import COMPARED
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ["--pretrained_model_name_or_path=m", "--instance_data_dir=dog", "--instance_prompt=a photo of sks dog"]
@@ -326,6 +327,36 @@ def test_call_hands_over_options_by_the_name_of_the_keyword():
     assert call(room, "sd") == ("sd", 8, 1, 0.1)
     assert call(room, "sd", seed=7) == ("sd", 8, 7, 0.1)  # what is given comes first
     assert call(room, "sd", 2) == ("sd", 2, 1, 0.1)
+
+
+# What a resume learns of an option otherwise: networks, data and optimizer tell it themselves, or the script does.
+TOLD = """pretrained_model_name_or_path revision instance_data_dir instance_prompt identifier class_noun dataset_name
+    dataset_config_name dataset_split image_column caption_column train_data_dir max_train_samples validation_split
+    resolution resolution_buckets masked_loss masks_dir alpha_mask with_prior_preservation class_data_dir class_prompt
+    num_class_images class_guidance_scale prior_generation_precision prior_loss_weight train_text_encoder rank
+    lora_alpha use_dora lora_target_modules train_batch_size gradient_accumulation_steps seed optimizer use_8bit_adam
+    snr_gamma
+    noise_offset prediction_type dream_training use_ema mixed_precision"""
+# What may change between two sessions: how long and how fast a run learns, where and how it is computed and told.
+CHANGEABLE = """config dry_run allow_pickle cache_dir repeats on_bad_image dataloader_num_workers sample_batch_size
+    text_encoder_lr adam_weight_decay_text_encoder num_train_epochs max_train_steps max_train_minutes learning_rate
+    scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power max_grad_norm adam_beta1 adam_beta2 adam_weight_decay
+    adam_epsilon offload_ema gradient_checkpointing enable_xformers_memory_efficient_attention cache_latents compile
+    deterministic output_dir overwrite_output_dir checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+    allow_resume_mismatch verify_checkpoint on_nan on_loss_spike validation_prompt num_validation_images
+    validation_steps validation_epochs validation_scheduler validation_num_inference_steps validation_guidance_scale
+    report_to logging_dir tracker_project_name push_to_hub hub_token hub_model_id hub_private"""
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in Path(__file__).parents[1].glob("train_*.py")))
+def test_a_resume_knows_of_every_option_that_changes_what_is_learned(script):
+    program = importlib.import_module(script)
+    needed = ["--train_data_dir=d"] if "text_to_image" in script else ["--instance_data_dir=d", "--instance_prompt=p"]
+    args = program.parse_args(["--pretrained_model_name_or_path=m", *needed])
+    assert arguments.identity(args) == {}, "options at their defaults leave older checkpoints as they are"
+    sorted_in = [COMPARED.keys(), set(TOLD.split()), set(CHANGEABLE.split()), WITHOUT_EFFECT]
+    unsorted = {name: sum(name in names for names in sorted_in) for name in vars(args)}
+    assert {name for name, times in unsorted.items() if times != 1} == set(), "put it into utils/arguments/identity.py"
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in Path(__file__).parents[1].glob("train_*.py")))

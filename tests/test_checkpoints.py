@@ -1,5 +1,6 @@
 """Checkpoints with toy networks: whole or absent, newest whole one, identity, rotation, exactness to the bit."""
 
+import argparse
 import errno
 import json
 import os
@@ -14,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.toy_training import train
-from utils import checkpoints
+from utils import arguments, checkpoints
+from utils.arguments.identity import COMPARED
 from utils.checkpoints import manifests, nested
 
 PROGRAM = [sys.executable, str(Path(__file__).with_name("toy_training.py"))]
@@ -204,6 +206,23 @@ def test_an_absolute_path_is_that_path(tmp_path):
     other.save(3)
     assert resumed(here, str(there / "checkpoint-3")) == (3, 33)
     assert resumed(here, "checkpoint-3") == (3, 3)
+
+
+@pytest.mark.parametrize("option", COMPARED)
+def test_no_option_that_changes_what_is_learned_changes_unseen(tmp_path, capsys, option):
+    """All scripts hand `arguments.identity` over; which options that must be is in test_arguments.py."""
+    before = COMPARED[option]
+    other = {bool: not before, float: 0.25, int: 3}.get(type(before), "other")
+
+    def identity(value):
+        return arguments.identity(argparse.Namespace(unrelated=1, **(COMPARED | {option: value})))
+
+    saved_at(tmp_path, 2, identity={"rank": 4} | identity(before))
+    assert resumed(tmp_path, identity={"rank": 4}) == (2, 2), "a checkpoint that does not know the option"
+    with pytest.raises(SystemExit):
+        resumed(tmp_path, identity={"rank": 4} | identity(other))
+    assert f"--allow_resume_mismatch {option} if" in capsys.readouterr().err
+    assert resumed(tmp_path, identity={"rank": 4} | identity(other), allow=option) == (2, 2)
 
 
 def test_identity_mismatch_is_a_table(tmp_path, capsys):

@@ -174,6 +174,24 @@ def test_resumed_equals_uninterrupted(train, script, crops, class_photos):
 
 
 @BOTH
+def test_a_resume_names_every_option_that_changed(train, script, photos, sd1, capsys):
+    options = "--max_train_steps 2 --train_batch_size 1 --checkpointing_steps 1 --use_ema"
+    folder = train(script, options)
+    for path in photos.glob("*.png"):
+        Image.new("L", (80, 96), 255).save(path.with_suffix(".mask.png"))
+    changed = {"input_perturbation": 0.1, "caption_dropout": 0.5, "image_interpolation_mode": "box", "ema_decay": 0.9}
+    changed |= {"random_flip": "yes", "center_crop": "yes", "tokenizer_name": sd1 / "tokenizer", "allow_tf32": "yes"}
+    changed |= {"pretrained_vae_model_name_or_path": sd1, "unmasked_weight": 0.5}
+    changed |= {"lora_dropout": 0.2} if "lora" in script else {}
+    words = " ".join(f"--{name} '{value}'" for name, value in changed.items())
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as refused:
+        train(script, f"{options} {words} --masked_loss --resume_from_checkpoint '{folder / 'checkpoint-1'}'")
+    said = capsys.readouterr().err
+    assert refused.value.code == 2 and f"--allow_resume_mismatch {','.join(sorted([*changed, 'dataset']))} if" in said
+
+
+@BOTH
 def test_a_batch_equals_its_accumulated_parts(train, script):
     options = "--center_crop --max_train_steps 2 --learning_rate 1e-3 --checkpointing_steps 0"
     one = train(script, f"{options} --train_batch_size 4", "one")

@@ -8,6 +8,7 @@ library: --help and a typo answer at once.
 import argparse
 
 from utils import buckets
+from utils.arguments.identity import identity
 from utils.arguments.settings import (
     Kind,
     caller,
@@ -24,7 +25,7 @@ from utils.arguments.settings import (
     whole,
 )
 
-__all__ = ["caller", "defaults", "new_parser", "parse", "public", "save"]  # and the groups below
+__all__ = ["caller", "defaults", "identity", "new_parser", "parse", "public", "save"]  # and the groups below
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "sgd", "lion")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")

@@ -1,0 +1,37 @@
+"""Which options a resume compares, because they change what is learned and nothing else tells of them.
+
+What networks, data and optimizer say of themselves is compared beside these: see `identity=` in the scripts. Learning
+rate, schedule, clipping and length may change from one session to the next. A test sorts every option of every script
+into one of these kinds, so that a new one cannot be forgotten.
+"""
+
+import argparse
+
+# option => the value with which checkpoints were made that do not know the option
+COMPARED = {
+    "variant": None,
+    "tokenizer_name": None,
+    "pretrained_vae_model_name_or_path": None,
+    "center_crop": False,
+    "random_flip": False,
+    "image_interpolation_mode": "lanczos",
+    "caption_dropout": 0.0,
+    "unmasked_weight": 0.0,
+    "lora_dropout": 0.0,
+    "input_perturbation": 0.0,
+    "dream_detail_preservation": 1.0,
+    "ema_decay": 0.9999,
+    "ema_power": None,
+    "ema_interval": 1,
+    "prodigy_beta3": None,
+    "prodigy_decouple": True,
+    "prodigy_use_bias_correction": True,
+    "prodigy_safeguard_warmup": True,
+    "allow_tf32": False,
+}
+
+
+def identity(args: argparse.Namespace) -> dict:
+    """Only what is not as it always was, so that an option added later leaves older checkpoints resumable."""
+    named = {name: getattr(args, name) for name in COMPARED if hasattr(args, name)}
+    return {name: value for name, value in named.items() if value != COMPARED[name]}
