@@ -1,0 +1,56 @@
+"""Whole scripts in one of several processes, one after the other, for test_two_processes.py.
+
+ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 tests/two_processes.py JOBS.json
+
+JOBS.json: [[script, [words of its command line], [process, step] whose loss is to become NaN or null, port], ...].
+Beside it each process writes rankR.json: per job the exit code, and what every row of noise was.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+def main(jobs: Path) -> None:
+    from utils import losses, randomness
+    from utils.runtime import startup
+
+    startup.leave = lambda code: None  # a script's end would be this process's
+    rank, told, rows = int(os.environ["RANK"]), [], []
+    real_normal, real_error = randomness.Draws.normal, losses.squared_error
+
+    def normal(self, purpose, shape):
+        drawn = real_normal(self, purpose, shape)
+        rows.extend([purpose, hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16]] for row in drawn)
+        return drawn
+
+    randomness.Draws.normal = normal
+    for script, words, poison, port in json.loads(jobs.read_text()):
+        # A meeting point of its own: what an earlier group left in the launcher's would be taken for this one's.
+        os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
+        rows.clear()
+        calls = [0]
+
+        def squared_error(*values, calls=calls, poison=poison):
+            calls[0] += 1
+            error = real_error(*values)
+            return error * float("nan") if poison == [rank, calls[0]] else error
+
+        losses.squared_error = squared_error
+        module = importlib.import_module(script)
+        code = 0
+        try:
+            module.main(module.parse_args(words))
+        except SystemExit as stopped:
+            code = stopped.code
+        told.append({"code": code, "rows": list(rows)})
+        jobs.with_name(f"rank{rank}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
