@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from test_scripts import losses, weights
 
-import tiny
 from utils import images
 
 pytestmark = pytest.mark.slow
@@ -90,7 +90,9 @@ def test_no_two_processes_draw_the_same(ran):
     _, _, _, told, _ = ran
     for job, name in enumerate(JOBS):
         rows = [[tuple(row) for row in process[job]["rows"]] for process in told]
-        assert len(rows[0]) == len(rows[1]) >= 3 * 2 * 2 * 2, "steps x batch x (photo, class image) x (posterior, noise)"
+        assert len(rows[0]) == len(rows[1]) >= 3 * 2 * 2 * 2, (
+            "steps x batch x (photo, class image) x (posterior, noise)"
+        )
         both = rows[0] + rows[1]
         assert len(set(both)) == len(both), name
 

@@ -19,6 +19,17 @@ from utils import errors
 from utils.checkpoints import manifests, nested
 
 STAGED = ".tmp-checkpoint-"  # must not begin with "checkpoint-"
+# What a file of another content raises: no safetensors, no such entry, a tensor of another shape.
+UNREADABLE = (
+    SafetensorError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    RuntimeError,
+    RecursionError,
+)
 MOST_FAILURES = 3  # saves in a row that may fail before the run is stopped
 # What a new command may change on resume; everything else in an optimizer's groups is its own memory (Prodigy's d).
 OPTIONS = ("lr", "initial_lr", "betas", "eps", "momentum", "weight_decay")
@@ -123,7 +134,14 @@ class Checkpoints:
             raise SystemExit(errors.OPTIONS)
         folder, step = Path(found["folder"]), found["step"]
         for name, entry in self.state.items():
-            _load_entry(name, entry, folder, step)
+            try:
+                _load_entry(name, entry, folder, step)
+            except UNREADABLE as problem:  # nothing in a checkpoint is unpickled, so nothing in it can run
+                reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+                errors.refuse(
+                    f"--resume_from_checkpoint {which}: {folder}: its {name} cannot be read ({reason}); "
+                    "--verify_checkpoint full tells which file has changed since it was saved."
+                )
         if _is_main():
             print(f"resumed from {folder} after step {step}", flush=True)
             if (folder / "ema.safetensors").is_file() and "ema" not in self.state:

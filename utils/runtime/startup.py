@@ -10,6 +10,7 @@ import secrets
 import socket
 import sys
 import time
+import traceback
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -32,13 +33,18 @@ def quiet() -> None:
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer warns in each loader process otherwise
-    os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
     # Where DeepSpeed is installed others import it, and it tells what it looks for.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     for name in ("bitsandbytes", "accelerate", "torch.distributed", "diffusers", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*torch.utils._pytree.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(diffusers|transformers|accelerate|peft)\..*")
+    sys.excepthook = _tell_without_secrets
+
+
+def _tell_without_secrets(kind, problem, trace) -> None:
+    """A traceback goes into logs and bug reports, and an error of a client may quote what it sent."""
+    sys.stderr.write(without_secrets("".join(traceback.format_exception(kind, problem, trace))))
 
 
 def accelerator(mixed_precision, accumulate, report_to, output_dir, logging_dir, compile):
