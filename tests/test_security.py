@@ -121,15 +121,23 @@ def test_an_index_chooses_among_known_classes_and_imports_nothing(train, sd1, tm
 
 
 def test_remote_code_is_switched_off_before_diffusers_is_imported():
-    for module in ("utils.models", "toybox", "infer", "train_dreambooth", "utils.hub"):
-        code = f"import os, sys, {module}; assert 'diffusers' not in sys.modules; import utils.models;"
-        code += "import diffusers.utils.constants as c; assert c.DIFFUSERS_DISABLE_REMOTE_CODE"
-        if module in ("infer", "train_dreambooth", "utils.hub"):  # they import utils.models, or never diffusers
-            code = f"import sys, {module}; assert 'diffusers' not in sys.modules"
-            code += "; assert 'utils.models' in sys.modules or sys.argv[1] == 'utils.hub'"
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("DIFFUSERS")}
-        done = subprocess.run([sys.executable, "-c", code, module], cwd=ROOT, env=environment, capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()
+    entries = [path.stem for path in ROOT.glob("*.py")] + ["toybox", "utils.hub"]
+    code = f"""
+import importlib, os, sys
+for entry in {entries!r}:
+    importlib.import_module(entry)
+    assert "diffusers" not in sys.modules, entry
+    if entry != "utils.hub":  # which never imports it
+        assert os.environ.pop("DIFFUSERS_DISABLE_REMOTE_CODE") == "1", entry
+    for name in [name for name in sys.modules if name.split(".")[0] in ("utils", "toybox", entry)]:
+        del sys.modules[name]  # each entry as the first
+import utils.models
+import diffusers.utils.constants as constants
+assert constants.DIFFUSERS_DISABLE_REMOTE_CODE
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DIFFUSERS")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_asks_for_code_or_unpickles():
@@ -162,9 +170,14 @@ def test_a_checkpoint_that_means_harm_is_refused(train, trap, capsys):  # noqa: 
     options = f"{ONE} --checkpointing_steps 1 --use_ema"
     whole = train("train_dreambooth_lora", options) / "checkpoint-1"
     manifest = json.loads((whole / "manifest.json").read_text())
-    for name in ("optimizer.safetensors", "ema.safetensors", "pytorch_lora_weights.safetensors"):
+    pickles, empty = pickle.dumps(Payload(trap)), b"\x02" + b"\0" * 7 + b"{}"
+    for name, contents in (
+        ("optimizer.safetensors", [pickles, empty]),
+        ("ema.safetensors", [empty]),
+        ("pytorch_lora_weights.safetensors", [pickles]),
+    ):
         before = (whole / name).read_bytes()
-        for content in (pickle.dumps(Payload(trap)), b"\xff" * 64, (b"\x02" + b"\0" * 7 + b"{}")):
+        for content in contents:
             (whole / name).write_bytes(content)
             entry = {"size": len(content), "sha256": manifests.digest(whole / name)}
             changed = manifest | {"files": manifest["files"] | {name: entry}}
