@@ -58,12 +58,9 @@ def main(args):
     class_images = []
     if args.with_prior_preservation:
         class_images = call(
-            prior.fill,
+            prior.fill_all,
             run,
             family,
-            args.class_data_dir,
-            prompt=args.class_prompt,
-            count=args.num_class_images,
             batch_size=args.sample_batch_size,
             guidance=args.class_guidance_scale,
             precision=args.prior_generation_precision,
@@ -90,12 +87,12 @@ def main(args):
     family.configure(args.gradient_checkpointing, xformers=args.enable_xformers_memory_efficient_attention)
 
     # Data: each photo with a class image beside it; "is_class" tells which is which.
-    photos = call(datasets.photos, prompt=args.instance_prompt)
+    photos = call(datasets.photos)
     examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * run.world
     dataset = call(
         datasets.DreamBooth,
         photos,
-        datasets.pictures(class_images, args.class_prompt, is_class=True),
+        datasets.class_pictures(class_images, args.concepts),
         size=args.resolution or family.resolution_default,
         side_factor=family.side_factor,
         examples_per_step=examples_per_step,
@@ -234,14 +231,14 @@ def main(args):
             kind="dreambooth",
             family=family.label,
             adapters="dora" if args.use_dora else "lora",
-            prompt=args.instance_prompt,
+            prompt=[concept.instance_prompt for concept in args.concepts],
             dataset=args.dataset_name,
             facts=learns.describe()
             | {
                 "steps": run.step,
                 "loss of the last step": run.told.get("loss"),
                 "photos": len(photos),
-                "class images": len(class_images),
+                "class images": len(dataset.classes),
                 "examples per step": examples_per_step,
                 "learning rate": args.learning_rate * scale,
                 "resolution": dataset.resolution,

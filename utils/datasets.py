@@ -4,6 +4,7 @@ One example stays one record from disk to loss: its picture, caption, sizes, cro
 class never travel in separate lists.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -45,13 +46,12 @@ class Row:
 
 
 def photos(
-    instance_data_dir: str | None = None,
+    concepts: Sequence,  # concepts.Concept
     dataset_name: str | None = None,  # instead of the folder
     dataset_config_name: str | None = None,
     image_column: str = "image",
     cache_dir: str | None = None,
     *,
-    prompt: str | None,
     caption_column: str | None = None,
     on_bad_image: str = "error",
     identifier: str | None = None,
@@ -60,14 +60,31 @@ def photos(
     masks_dir: str | None = None,  # instead of NAME.mask.png beside the photos
     alpha_mask: bool = False,  # instead of files
 ) -> list[Example]:
-    """The photos of a subject: what the options of a DreamBooth script name."""
-    how = {"prompt": prompt, "caption_column": caption_column, "on_bad_image": on_bad_image}
+    """The photos of what is taught, each knowing its concept: what the options of a DreamBooth script name."""
+    how = {"caption_column": caption_column, "on_bad_image": on_bad_image}
     how |= {"identifier": identifier, "class_noun": class_noun}
-    if dataset_name:
-        found = hub(dataset_name, dataset_config_name, image_column=image_column, cache_dir=cache_dir, **how)
-    else:
-        found = folder(instance_data_dir, **how)
-    return masks.attach(found, instance_data_dir, masks_dir, alpha_mask) if masked_loss else found
+    found: list[Example] = []
+    for number, concept in enumerate(concepts):
+        where, prompt = concept.instance_data_dir, concept.instance_prompt
+        if dataset_name:
+            own = hub(
+                dataset_name, dataset_config_name, image_column=image_column, cache_dir=cache_dir, prompt=prompt, **how
+            )
+        else:
+            own = folder(where, prompt, **how)
+        if masked_loss:
+            own = masks.attach(own, where, masks_dir, alpha_mask, needed=len(concepts) == 1)
+        found += [dataclasses.replace(example, concept=number, repeats=concept.repeats) for example in own]
+    return found
+
+
+def class_pictures(drawn: Sequence[Sequence[Path]], concepts: Sequence) -> list[Example]:
+    """The class images of each concept, as prior.fill_all returns them."""
+    return [
+        dataclasses.replace(example, concept=number)
+        for number, (paths, concept) in enumerate(zip(drawn, concepts))
+        for example in pictures(paths, concept.class_prompt, is_class=True)
+    ]
 
 
 def captioned(
@@ -234,7 +251,9 @@ class DreamBooth(Dataset):
         self.caption_dropout, self.examples_per_step = caption_dropout, examples_per_step
         self.masked = any(example.mask for example in self.instance)
         self.visits = [place for place, one in enumerate(self.instance) for _ in range(one.repeats)]
-        self._class_of = {one.concept: [other for other in classes if other.concept == one.concept] for one in instance}
+        self._class_of: dict[int, list[Example]] = {one.concept: [] for one in self.instance}
+        for one in self.classes:
+            self._class_of.setdefault(one.concept, []).append(one)
         self.latents = None  # cache.latents puts the posteriors here
         self._sizes: dict[str, tuple[int, int]] = {}
         self._remembered: dict[tuple[str, tuple[int, int]], Any] = {}

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from html import escape
 from pathlib import Path
@@ -34,7 +35,7 @@ def card(
     kind: str,  # "dreambooth" or "text-to-image"
     adapters: str | None = None,  # "lora" or "dora"; None when whole networks learned
     family: str = "stable-diffusion",
-    prompt: str | None = None,  # the instance prompt
+    prompt: str | Sequence[str | None] | None = None,  # the instance prompt, or those of several subjects
     dataset: str | None = None,
     facts: dict | None = None,  # what was trained: steps, loss, seed, rank, photos, ...
     model_id: str | None = None,  # default: the folder's name
@@ -48,7 +49,9 @@ def card(
     samples = _samples(output_dir)
     tags = ["text-to-image", "diffusers", "diffusers-training", *([adapters] if adapters else [])]
     tags += [*(["dreambooth"] if kind == "dreambooth" else []), family, f"{family}-diffusers"]
-    more = {"instance_prompt": prompt} if prompt else {}
+    prompts = [one for one in ([prompt] if isinstance(prompt, str) else prompt or ()) if one]
+    prompt = prompts[0] if prompts else None
+    more = {"instance_prompt": ", ".join(prompts)} if prompts else {}
     if samples:
         more["widget"] = [{"text": text or prompt or "", "output": {"url": url}} for url, text in samples]
     data = ModelCardData(
@@ -62,9 +65,12 @@ def card(
         **more,
     )
     what = {"lora": "LoRA adapters for", "dora": "DoRA adapters for"}.get(adapters, "A fine-tuned version of")
-    how = "taught one subject with DreamBooth" if kind == "dreambooth" else "trained on captioned images"
+    several = f"{len(prompts)} subjects" if len(prompts) > 1 else "one subject"
+    how = f"taught {several} with DreamBooth" if kind == "dreambooth" else "trained on captioned images"
     parts = [f"# {escape(name)}", f"{what} {code(base_model)}, {how}."]
-    if prompt:
+    if len(prompts) > 1:
+        parts.append(f"Its subjects answer to the prompts {', '.join(map(code, prompts))}.")
+    elif prompt:
         parts.append(f"Its subject answers to the prompt {code(prompt)}.")
     if samples:
         shown = [f"![sample {k + 1}]({url})" for k, (url, _) in enumerate(samples)]

@@ -89,11 +89,12 @@ def attach(
     folder: str | os.PathLike | None = None,  # that the photos were found in
     masks_dir: str | None = None,
     alpha: bool = False,
+    needed: bool = True,  # one of them must have a mask
 ) -> list:
-    """Examples whose mask is known; a photo without one counts as a whole, but one of them must have one."""
+    """Examples whose mask is known; a photo without one counts as a whole."""
     sources = [example.source for example in examples]
     found = _alphas(examples) if alpha else [path and _file(path) for path in files(sources, folder, masks_dir)]
-    if not any(found):
+    if needed and not any(found):
         errors.refuse(NONE, errors.DATA)
     return [dataclasses.replace(example, mask=mask) for example, mask in zip(examples, found)]
 

@@ -68,6 +68,22 @@ def fill(
     return chosen
 
 
+def fill_all(run, family, concepts, resolution: int | None = None, **how) -> list[list[Path]]:
+    """The class images of each concept. After a signal fewer; but as many lists as there are concepts."""
+    return [
+        fill(
+            run,
+            family,
+            one.class_data_dir,
+            prompt=one.class_prompt,
+            count=one.num_class_images,
+            resolution=resolution,
+            **how,
+        )
+        for one in concepts
+    ]
+
+
 def _number(name: str) -> int:
     return int(Path(name).stem.removeprefix("class-"))
 

@@ -13,6 +13,7 @@ from utils.arguments.settings import (
     Kind,
     caller,
     choice,
+    concepts_file,
     defaults,
     flag,
     folder,
@@ -81,6 +82,11 @@ def add_dreambooth_data(parser: argparse.ArgumentParser) -> None:
     add("class_noun", text, None, "what {class} stands for in them, e.g. dog")
     add("caption_dropout", number(0, below=1), 0.0, "share of visits with an empty caption, class images included")
     add("dataset_name", folder, None, "a Hugging Face dataset (hub name or folder) instead of --instance_data_dir")
+    help = (
+        "JSON list of several subjects, each with instance_prompt, class_prompt, instance_data_dir, class_data_dir and,"
+    )
+    help += " if you like, repeats and num_class_images; instead of these options"
+    add("concepts_list", concepts_file, None, help)
     add("dataset_config_name", text, None, "configuration of that dataset")
     add("image_column", text, "image", "its column of pictures")
     add("caption_column", text, None, "its column of captions, or that of metadata.jsonl")

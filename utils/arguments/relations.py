@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 
-from utils import captions
+from utils import captions, concepts
 
 MULTIPLE = 8  # pixels: the autoencoder's downscaling
 DEFAULT_OFFSET = 0.1  # what --offset_noise stands for
@@ -78,8 +78,30 @@ def check(args: argparse.Namespace, given: dict, defaults: dict, misread: set[st
     return found
 
 
+def _concepts(args, has, misread: set[str], found: Findings) -> None:
+    """The file's content takes the place of its name: what a run saves is what it trained on."""
+    args.concepts_list, complaints = concepts.read(args.concepts_list)
+    found.complaints += complaints
+    for name in ("instance_data_dir", "dataset_name", "instance_prompt", "class_data_dir", "class_prompt", "masks_dir"):
+        if has(name):
+            remedy = (
+                "; put NAME.mask.png beside NAME.jpg" if name == "masks_dir" else ": the file names them; leave one out"
+            )
+            found.complaints.append(f"--concepts_list with --{name}{remedy}")
+    prior = has("with_prior_preservation")
+    needed = ["instance_data_dir"] + ["instance_prompt"] * (not has("caption_column"))
+    needed += ["class_data_dir", "class_prompt"] if prior else []
+    for concept in concepts.settle(args.concepts_list, {}) if args.concepts_list else ():
+        missing = [name for name in needed if not getattr(concept, name)]
+        found.complaints += [f"{concept.named(name)} is missing" for name in missing]
+    if not prior and any("class_prompt" in row for row in args.concepts_list):
+        found.warnings.append("--concepts_list: class_prompt has no effect without --with_prior_preservation")
+
+
 def _data(args, has, misread: set[str], found: Findings) -> None:
-    if "instance_data_dir" in args:
+    if has("concepts_list"):
+        _concepts(args, has, misread, found)
+    elif "instance_data_dir" in args:
         if bool(has("instance_data_dir")) == bool(has("dataset_name")) and "instance_data_dir" not in misread:
             which = "not both" if has("dataset_name") else "one of them"
             found.complaints.append(f"--instance_data_dir or --dataset_name: {which} must be given")
@@ -91,7 +113,7 @@ def _data(args, has, misread: set[str], found: Findings) -> None:
         found.complaints.append(f"--train_data_dir or --dataset_name: {which} must be given")
     if has("dream_training") and has("prediction_type") not in (None, "epsilon"):
         found.complaints.append("--dream_training is made for epsilon prediction; leave it or --prediction_type out")
-    if has("with_prior_preservation"):
+    if has("with_prior_preservation") and not has("concepts_list"):
         for name, what in (("class_data_dir", "a folder for class images"), ("class_prompt", "what they show")):
             if not has(name) and name not in misread:
                 found.complaints.append(f"--with_prior_preservation needs --{name}, {what}")
@@ -207,6 +229,13 @@ def _words(args, has, found: Findings) -> None:
     for name, text in given.items():
         filled = captions.fill(text, **words)
         setattr(args, name, filled if isinstance(filled, str) else list(filled))
+    for number, row in enumerate(has("concepts_list") or (), start=1):
+        texts = {name: row[name] for name in concepts.TEXTS if name in row}
+        named = ((f"--concepts_list, concept {number}: {name}", text) for name, text in texts.items())
+        found.complaints += captions.unfilled(named, **words)
+        row |= {name: captions.fill(text, **words) for name, text in texts.items()}
+    if "instance_data_dir" in args or "train_data_dir" in args:
+        args.concepts = concepts.settle(has("concepts_list"), vars(args))
 
 
 def _start(has, found: Findings) -> None:

@@ -18,7 +18,7 @@ from utils.errors import refuse, warn
 
 # About one start of the script, not about the run that it makes; and a name by which a secret is found.
 OCCASIONAL = ("config", "dry_run", "overwrite_output_dir", "resume_from_checkpoint", "allow_resume_mismatch")
-NOT_PUBLIC = (*OCCASIONAL, "hub_token", "local_rank")
+NOT_PUBLIC = (*OCCASIONAL, "hub_token", "local_rank", "concepts")  # concepts: made of other options
 
 # Ways to say one thing: what the command line says takes back what the file says with the other name.
 ONE_CHOICE = (
@@ -26,7 +26,10 @@ ONE_CHOICE = (
     ("validation_steps", "validation_epochs"),
     ("noise_offset", "offset_noise"),
     ("optimizer", "use_8bit_adam"),
-    ("instance_data_dir", "dataset_name"),
+    ("instance_data_dir", "dataset_name", "concepts_list"),
+    ("instance_prompt", "concepts_list"),
+    ("class_data_dir", "concepts_list"),
+    ("class_prompt", "concepts_list"),
     ("train_data_dir", "dataset_name"),
     ("num_train_epochs", "max_train_steps"),
 )
@@ -40,6 +43,7 @@ class Kind:
     needs: str
     convert: Callable[[str], object]
     commas: bool = False  # in a list, "a,b" is two values
+    rows: bool = False  # a YAML file may hold a list in its place, which is handed on as it is
 
     def __call__(self, written: str) -> object:
         return self.convert(written)
@@ -83,6 +87,7 @@ def _yes_or_no(written: str) -> bool:
 flag = Kind("{yes,no}", "yes or no", _yes_or_no)
 text = Kind("TEXT", "something that is not empty", _filled, commas=True)
 prompt = Kind("PROMPT", "a text", str)  # an empty prompt is a prompt
+concepts_file = Kind("FILE.json", "a file", lambda written: os.path.expanduser(_filled(written)), rows=True)
 folder = Kind("PATH", "something that is not empty", lambda written: os.path.expanduser(_filled(written)))
 
 
@@ -104,7 +109,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     typed = _split(parser, actions.values(), words, complaints)
     given = {name: _convert(f"--{name}", kinds[name], value, complaints) for name, value in typed.items()}
     if isinstance(given.get("config"), str):
-        for name, value in _config(given["config"], actions, complaints).items():
+        for name, value in _config(given["config"], actions, kinds, complaints).items():
             alike = {other for names in ONE_CHOICE if name in names for other in names} | {name}
             if not alike & typed.keys():
                 given[name] = _convert(f"{given['config']}: {name}", kinds[name], value, complaints)
@@ -200,7 +205,7 @@ def _about_strangers(parser, words: list[str], strangers: list[str]) -> list[str
     return complaints
 
 
-def _config(path: str, actions: dict, complaints: list[str]) -> dict[str, object]:
+def _config(path: str, actions: dict, kinds: dict[str, Kind], complaints: list[str]) -> dict[str, object]:
     """What a YAML file gives; null stands for the default, as in a file that a run wrote."""
     import yaml
 
@@ -221,7 +226,7 @@ def _config(path: str, actions: dict, complaints: list[str]) -> dict[str, object
             complaints.append(f"--config {path}: {key} is not an option{nearest(name, actions)}")
         elif name == "hub_token" and not str(value).startswith("env:"):
             complaints.append(f"--config {path}: a token does not belong in a file; write hub_token: env:HF_TOKEN")
-        elif isinstance(value, list) and not isinstance(actions[name], argparse._AppendAction):
+        elif isinstance(value, list) and not isinstance(actions[name], argparse._AppendAction) and not kinds[name].rows:
             complaints.append(f"--config {path}: {name} takes one value, not a list")
         elif value is not None:
             takes_list = isinstance(actions[name], argparse._AppendAction)
@@ -231,6 +236,8 @@ def _config(path: str, actions: dict, complaints: list[str]) -> dict[str, object
 
 def _convert(where: str, kind: Kind, value, complaints: list[str]):
     """The value as its kind reads it; None after a complaint, so that the default stands in for further checks."""
+    if isinstance(value, list) and kind.rows:
+        return value
     if isinstance(value, list):
         parts = [part for item in value for part in (str(item).split(",") if kind.commas else [item])]
         values = [_convert(where, kind, part, complaints) for part in parts]

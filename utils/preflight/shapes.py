@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,8 +39,3 @@ def _settings(folder: Path | None) -> dict:
         return json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder else {}
     except (OSError, ValueError):  # what is wrong with the model is said elsewhere
         return {}
-
-
-def named(reports: Sequence, times: int = 1) -> list[tuple[str, int, int, int]]:
-    """Reports of images.inspect => (name, width, height, times)."""
-    return [(os.path.basename(report.path), report.width, report.height, times) for report in reports]

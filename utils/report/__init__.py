@@ -232,9 +232,14 @@ def _charts(rows: list[dict]) -> list[dict]:
 
 
 def _subtitle(settings: dict) -> str:
+    several = settings.get("concepts_list")
+    prompts = [str(one.get("instance_prompt")) for one in several or () if isinstance(one, dict)]
     parts = [
         settings.get("pretrained_model_name_or_path"),
-        settings.get("instance_prompt") or settings.get("dataset_name") or settings.get("train_data_dir"),
+        " + ".join(prompts)
+        or settings.get("instance_prompt")
+        or settings.get("dataset_name")
+        or settings.get("train_data_dir"),
         f"written {time.strftime('%Y-%m-%d %H:%M')}",
     ]
     return " · ".join(str(part) for part in parts if part)

@@ -1,0 +1,154 @@
+"""Every photo, caption, mask and class image there is, looked at before any model is loaded."""
+
+import argparse
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils import buckets, captions, images, masks
+from utils.concepts import Concept
+from utils.errors import warn
+from utils.preflight import quality
+
+SHOWN = 10  # warnings about photos; the rest is counted
+
+
+@dataclass
+class Found:
+    """What one concept's folders hold."""
+
+    concept: Concept
+    photos: list | None = None  # reports of those that can be used; None where a dataset is used instead
+    drawn: list | None = None  # of class images; None without prior preservation
+    bad: list[Path] = field(default_factory=list)  # to be left out
+
+
+def look(args: argparse.Namespace, problems) -> list[Found]:
+    """One for each concept; what is wrong is added to `problems`."""
+    if args.masks_dir and not Path(args.masks_dir).is_dir():
+        problems.options.append(f"--masks_dir '{args.masks_dir}' is not a folder (looked in {Path.cwd()})")
+    found, with_mask = [], 0
+    for concept in args.concepts:
+        one = Found(concept)
+        found.append(one)
+        if concept.instance_data_dir:
+            one.photos, one.bad = _folder(args, concept, "instance_data_dir", problems)
+            with_mask += _masks(args, concept, one.photos, problems)
+        if prior(args) and concept.class_data_dir:
+            one.drawn, bad = _folder(args, concept, "class_data_dir", problems)
+            one.bad += bad
+    photos = sum(len(one.photos or ()) for one in found)
+    if args.masked_loss and photos and not with_mask:
+        problems.data.append(masks.NONE)
+    elif args.masked_loss and with_mask < photos:
+        warn(f"{photos - with_mask} of {photos} photos have no mask and count as a whole")
+    return found
+
+
+def listed(args: argparse.Namespace) -> list[Found]:
+    """The photos and their sizes again, from their headers alone and without a word about what is wrong."""
+    found = []
+    for concept in args.concepts:
+        one = Found(concept, [] if concept.instance_data_dir else None)
+        for path in images.list_images(concept.instance_data_dir) if concept.instance_data_dir else ():
+            with contextlib.suppress(images.BadImage):
+                one.photos.append(images.Report(path, *images.size_of(path)))
+        found.append(one)
+    return found
+
+
+def visits(found: Sequence[Found]) -> int | None:
+    """Photos of an epoch, before --repeats; None where a dataset holds them."""
+    if any(one.photos is None for one in found):
+        return None
+    return sum(len(one.photos) * one.concept.repeats for one in found)
+
+
+def class_images(args: argparse.Namespace) -> int:
+    """How many there will be."""
+    return sum(concept.num_class_images for concept in args.concepts) if prior(args) else 0
+
+
+def prior(args: argparse.Namespace) -> bool:
+    return getattr(args, "with_prior_preservation", False)
+
+
+def sizes(found: Sequence[Found]) -> list[tuple[str, int, int, int]]:
+    """(name, width, height, times in an epoch) of every photo, as `buckets.fill` takes them."""
+    return [
+        (os.path.basename(report.path), report.width, report.height, one.concept.repeats)
+        for one in found
+        for report in one.photos or ()
+    ]
+
+
+def _folder(args, concept: Concept, kind: str, problems) -> tuple[list, list[Path]]:
+    """Reports of the usable pictures of a folder, and paths of those to leave out."""
+    needed, option, folder = kind == "instance_data_dir", concept.named(kind), getattr(concept, kind)
+    if not Path(folder).is_dir():
+        if needed or Path(folder).exists():
+            what = "is not a folder" if Path(folder).exists() else "does not exist"
+            problems.options.append(f"{option} '{folder}' {what} (looked in {Path.cwd()})")
+        return [], []
+    pictures, others = images.survey(folder)
+    if needed and not pictures:
+        found = f"{len(others)} other files" if others else "nothing"
+        problems.options.append(f"{option} '{folder}' holds no pictures ({found}); put the photos there")
+    if needed:
+        words = {name: getattr(args, name, None) for name in ("identifier", "class_noun")}
+        _, complaints = captions.read(folder, pictures, concept.instance_prompt, args.caption_column, **words)
+        problems.data += complaints
+    # Class images are the model's own, and may look alike.
+    square = args.resolution_buckets == buckets.OFF  # else the report of the buckets tells what is cut and enlarged
+    wanted = {"min_side": square and args.resolution, "look": quality.look, "square": square} if needed else {}
+    reports = images.inspect(pictures, **wanted)
+    bad = [report for report in reports if report.problem]
+    good = [report for report in reports if not report.problem]
+    if needed and (args.on_bad_image == "error" or (pictures and not good)):
+        problems.data += [f"'{report.path}' {report.problem}" for report in bad]
+    else:  # a class image that cannot be read is replaced by a new one
+        _few([f"left out: '{report.path}' {report.problem}" for report in bad])
+    if needed and bad and args.on_bad_image == "error":
+        problems.data.append("repair or remove these pictures, or leave them out with --on_bad_image skip")
+    _few([f"'{report.path}' {warning}" for report in good for warning in report.warnings])
+    _few(quality.remarks(good) if needed else [])
+    return good, [Path(report.path) for report in bad]
+
+
+def _masks(args, concept: Concept, photos: list, problems) -> int:
+    """How many of the usable photos have a mask; each is opened as the photos were."""
+    paths = [photo.path for photo in photos]
+    sources = paths if args.alpha_mask else masks.files(paths, concept.instance_data_dir, args.masks_dir)
+    if not args.masked_loss:
+        there = sum(source is not None for source in sources)
+        if there:
+            warn(f"{there} photos have a mask beside them, which is not used: add --masked_loss")
+        return 0
+    complaints, count = masks.check(photos, sources, args.alpha_mask)
+    problems.data += complaints
+    return count
+
+
+def summary(args: argparse.Namespace, found: Sequence[Found]) -> list[str]:
+    """A line for each concept."""
+    said = []
+    for one in found:
+        line = f"dataset '{args.dataset_name}'"
+        if one.photos is not None:
+            by_area = sorted((report.width * report.height, f"{report.width}x{report.height}") for report in one.photos)
+            line = f"{len(one.photos)} photos in '{one.concept.instance_data_dir}', {by_area[0][1]}"
+            line += f" to {by_area[-1][1]}" if by_area[0][1] != by_area[-1][1] else ""
+        if one.drawn is not None:
+            line += f"; {len(one.drawn)} of {one.concept.num_class_images} class images in"
+            line += f" '{one.concept.class_data_dir}'"
+        said.append(line + (f"; {len(one.bad)} left out" if one.bad else ""))
+    return said
+
+
+def _few(messages: list[str]) -> None:
+    for message in messages[:SHOWN]:
+        warn(message)
+    if len(messages) > SHOWN:
+        warn(f"... and {len(messages) - SHOWN} more about pictures")
