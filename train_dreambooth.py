@@ -121,6 +121,7 @@ def main(args):
     # Resume from the newest checkpoint in the output folder, if that is asked for and there is one.
     saved = checkpoints.Checkpoints(
         run.output_dir,
+        whole=run.whole,
         keep=args.checkpoints_total_limit,
         verify=args.verify_checkpoint,
         state={
@@ -171,7 +172,7 @@ def main(args):
 
     def validate(step):
         with run.phase("validation"):
-            with average.swapped():
+            with average.swapped(), run.whole():
                 sampler.draw(step)
             page.write()
 
@@ -205,7 +206,7 @@ def main(args):
 
     # Leave behind: weights, sample images, a model card, the report.
     try:
-        with run.phase("saving"), average.swapped():
+        with run.phase("saving"), average.swapped(), run.whole():
             if run.is_main:
                 family.save_pipeline(run.output_dir, skip_text_encoder=args.skip_save_text_encoder)
             sampler.draw(run.step)

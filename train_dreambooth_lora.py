@@ -131,6 +131,7 @@ def main(args):
     # Resume from the newest checkpoint in the output folder, if that is asked for and there is one.
     saved = checkpoints.Checkpoints(
         run.output_dir,
+        whole=run.whole,
         keep=args.checkpoints_total_limit,
         verify=args.verify_checkpoint,
         state={
@@ -181,7 +182,7 @@ def main(args):
 
     def validate(step):
         with run.phase("validation"):
-            with average.swapped():
+            with average.swapped(), run.whole():
                 sampler.draw(step)
             page.write()
 
@@ -215,7 +216,7 @@ def main(args):
 
     # Leave behind: weights, sample images, a model card, the report.
     try:
-        with run.phase("saving"), average.swapped():
+        with run.phase("saving"), average.swapped(), run.whole():
             if run.is_main:
                 learns.save(run.output_dir)
             sampler.draw(run.step)

@@ -122,6 +122,7 @@ def main(args):
     # Resume from the newest checkpoint in the output folder, if that is asked for and there is one.
     saved = checkpoints.Checkpoints(
         run.output_dir,
+        whole=run.whole,
         keep=args.checkpoints_total_limit,
         verify=args.verify_checkpoint,
         state={
@@ -173,7 +174,7 @@ def main(args):
 
     def validate(step):
         with run.phase("validation"):
-            with average.swapped():
+            with average.swapped(), run.whole():
                 run.also(step, validation_loss=held_out.measure())
                 sampler.draw(step)
             page.write()
@@ -211,7 +212,7 @@ def main(args):
 
     # Leave behind: weights, sample images, a model card, the report.
     try:
-        with run.phase("saving"), average.swapped():
+        with run.phase("saving"), average.swapped(), run.whole():
             if run.is_main:
                 learns.save(run.output_dir)
             run.also(run.step, validation_loss=held_out.measure())

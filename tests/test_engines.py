@@ -106,7 +106,7 @@ def test_deepspeed_settings_that_cannot_be_honoured_are_refused(tmp_path, monkey
 def test_optimizers_that_need_whole_weights_are_refused(monkeypatch, capsys, sd1, photos):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     script = importlib.import_module("train_dreambooth")
-    for words in ("--use_8bit_adam", "--optimizer prodigy"):
+    for words in ("--use_8bit_adam", "--optimizer prodigy", "--compile", "--offload_ema"):
         with pytest.raises(SystemExit) as refused:
             script.parse_args(shlex.split(f"{command(sd1, photos, 'run')} {words}"))
         assert refused.value.code == 2
@@ -149,9 +149,8 @@ def test_whole_scripts_under_deepspeed(tmp_path, monkeypatch, sd1, photos, scrip
 def learned(folder):
     from safetensors.torch import load_file
 
-    files = [*folder.glob("pytorch_lora_weights.safetensors"), *folder.glob("unet/*.safetensors")]
-    files += folder.glob("text_encoder/*.safetensors")
-    return {f"{file.name} {key}": value for file in files for key, value in load_file(file).items()}
+    files = [*folder.glob("*.safetensors"), *folder.glob("unet/*.safetensors"), *folder.glob("text_enc*/*.safetensors")]
+    return {f"{file.stem} {key}": value for file in files for key, value in load_file(file).items()}
 
 
 @pytest.mark.slow
@@ -176,3 +175,102 @@ def test_the_command_for_8_gb(tmp_path, sd1, photos, class_photos):
     assert done.returncode == 0, done.stderr
     assert [row[0] for row in told(tmp_path / "run")] == [1, 2]
     assert (tmp_path / "run" / "model_index.json").is_file()
+
+
+def test_every_script_reads_whole_weights():
+    for script in ROOT.glob("train_*.py"):
+        text = script.read_text(encoding="utf-8")
+        assert "whole=run.whole," in text, script
+        assert text.count("average.swapped()") == text.count("average.swapped(), run.whole():"), script
+
+
+DDP, FSDP = {}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+FULL = "--train_text_encoder --use_ema --gradient_checkpointing --gradient_accumulation_steps 2"
+LORA = "--mixed_precision bf16 --train_text_encoder --validation_prompt 'a dog' --num_validation_images 1"
+
+
+def two_processes(runs, file):
+    """Each (script, words, variables) in turn, in the same two gloo processes."""
+    file.write_text(json.dumps([[script, shlex.split(words), variables] for script, words, variables in runs]))
+    done = subprocess.run(
+        [str(BIN / "torchrun"), "--nproc_per_node", "2", str(ROOT / "tests" / "several_runs.py"), str(file)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_averaged_or_sharded_are_one(tmp_path, sd1, photos, capsys):
+    """DDP, FSDP2 and one process learn the same; each resumes exactly, and goes on with a checkpoint of the others."""
+
+    def full(name, more="", batch=1):
+        words = f"{command(sd1, photos, tmp_path / name)} {FULL} --max_train_steps 4 --checkpointing_steps 2 {more}"
+        return f"{words} --train_batch_size {batch}"
+
+    def lora(name, more=""):
+        return f"{command(sd1, photos, tmp_path / name)} {LORA} --max_train_steps 4 --checkpointing_steps 2 {more}"
+
+    def from_two(name, step=2):
+        return f"--resume_from_checkpoint '{tmp_path / name / f'checkpoint-{step}'}'"
+
+    one, adapters = "train_dreambooth", "train_dreambooth_lora"
+    runs = [
+        (one, full("ddp"), DDP),
+        (one, full("ddp_again", from_two("ddp")), DDP),
+        (one, full("fsdp"), FSDP),
+        (one, full("fsdp_again", from_two("fsdp")), FSDP),
+        (one, full("fsdp_from_ddp", from_two("ddp")), FSDP),
+        (adapters, lora("lora_ddp"), DDP),
+        (adapters, lora("lora_fsdp"), FSDP),
+        (adapters, lora("lora_fsdp_again", from_two("lora_fsdp")), FSDP),
+    ]
+    two_processes(runs, tmp_path / "runs.json")
+    script = importlib.import_module(one)
+    script.main(script.parse_args(shlex.split(full("one", batch=2))))
+    words = shlex.split(full("one_from_fsdp", from_two("fsdp"), batch=2))
+    with pytest.raises(SystemExit):
+        script.main(script.parse_args(words))
+    assert "--allow_resume_mismatch examples_per_step" in capsys.readouterr().err
+    script.main(script.parse_args([*words, "--allow_resume_mismatch", "examples_per_step"]))
+
+    rows = told(tmp_path / "one")
+    for name in ("ddp", "fsdp", "fsdp_from_ddp", "one_from_fsdp", "ddp_again", "fsdp_again"):
+        for here, there in zip(told(tmp_path / name), rows[-len(told(tmp_path / name)) :], strict=True):
+            assert here == pytest.approx(there, rel=1e-4), name
+    for here, there in zip(told(tmp_path / "lora_fsdp"), told(tmp_path / "lora_ddp"), strict=True):
+        assert here == pytest.approx(there, rel=2e-2)
+    for name in ("ddp", "fsdp", "lora_fsdp"):
+        whole, again = learned(tmp_path / name), learned(tmp_path / f"{name}_again")
+        assert whole.keys() == again.keys()
+        assert all(torch.equal(whole[key], again[key]) for key in whole), name
+    assert learned(tmp_path / "fsdp").keys() == learned(tmp_path / "one").keys()
+    averages = [nested.load(tmp_path / name / "checkpoint-4" / "ema.safetensors") for name in ("one", "ddp", "fsdp")]
+    for key, value in averages[0].items():
+        for other in averages[1:]:
+            torch.testing.assert_close(other[key], value, rtol=1e-2, atol=2e-4)
+
+    from diffusers import StableDiffusionPipeline
+
+    for name in ("one", "fsdp"):
+        pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / name, safety_checker=None)
+        assert torch.equal(
+            pipeline.unet.state_dict()["conv_in.weight"],
+            learned(tmp_path / name)["diffusion_pytorch_model conv_in.weight"],
+        )
+    pipeline.load_lora_weights(tmp_path / "lora_fsdp")
+    assert len(list((tmp_path / "lora_fsdp" / "samples").glob("*/*.png"))) >= 2
+
+
+def test_fsdp_settings_that_cannot_be_honoured_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(SystemExit) as refused:
+        runtime.start(tmp_path / "run", seed=0)
+    assert refused.value.code == 2
+    told = capsys.readouterr().err
+    assert "use version 2" in told
+    assert "fsdp_offload_params" in told

@@ -120,6 +120,7 @@ def test_launch_configurations_are_read_by_accelerate():
     assert processes == {
         "cpu_2proc": 2,
         "deepspeed_zero2_offload": 1,
+        "fsdp2": 2,
         "multi_gpu": 2,
         "multi_node": 16,
         "single_gpu": 1,

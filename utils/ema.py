@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
+from utils import sharded
+
 
 class Average:
     """An exponential moving average of some weights, of whole networks or adapters alike.
@@ -61,9 +63,9 @@ class Average:
             average.copy_(kept)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Name -> average, for a safetensors file."""
+        """Name -> average, for a safetensors file. All processes call it."""
         self._refuse_when_swapped("state")
-        return dict(zip(self.names, self.averages))
+        return {name: sharded.whole(average) for name, average in zip(self.names, self.averages)}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -75,7 +77,7 @@ class Average:
         for name, average in zip(self.names, self.averages):
             if state[name].shape != average.shape:
                 raise ValueError(f"{name} is {tuple(state[name].shape)}, expected {tuple(average.shape)}")
-            average.copy_(state[name])
+            average.copy_(sharded.part(state[name], average))
 
     def _refuse_when_swapped(self, what: str) -> None:
         if self._swapped:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from utils import errors
+from utils import errors, sharded
 from utils.models import clip
 
 WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors"}
@@ -91,4 +91,4 @@ def copy_from(file: str | Path, targets: dict[str, torch.Tensor]) -> None:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             errors.refuse(f"{file} does not fit what this run trains: {'; '.join(sorted(wrong)[:3])}{more}")
         for key, target in targets.items():
-            target.copy_(stored.get_tensor(key))
+            target.copy_(sharded.part(stored.get_tensor(key), target))

@@ -4,12 +4,13 @@ A checkpoint is written under another name, its manifest last, and renamed in on
 exists was complete once, and the manifest tells whether it still is.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -45,8 +46,9 @@ class Checkpoints:
         identity: dict | None = None,  # what must be the same for a resume to be the same run
         keep: int | None = None,  # newest checkpoints that stay; None: all
         verify: str = "full",  # "sizes" reads no file before loading it
+        whole: Callable = contextlib.nullcontext,  # run.whole: inside, weights that are sharded are whole
     ):
-        self.folder, self.keep, self.verify = Path(output_dir), keep, verify
+        self.folder, self.keep, self.verify, self.whole = Path(output_dir), keep, verify, whole
         self.state = {name: entry for name, entry in state.items() if entry is not None}
         self.identity = json.loads(json.dumps(identity or {}))  # as it will be read back: tuples are lists
         self.saved_step, self.failures = None, 0
@@ -59,11 +61,14 @@ class Checkpoints:
         if self.saved_step == step:
             return target
         problem = None
-        if _is_main():
-            try:
-                self._write(step, target)
-            except (OSError, SafetensorError) as error:
-                problem = str(error)
+        with self.whole():
+            # Read by all: what is sharded is put together from all.
+            read = {name: _state_of(entry) for name, entry in self.state.items()}
+            if _is_main():
+                try:
+                    self._write(step, target, read)
+                except (OSError, SafetensorError) as error:
+                    problem = str(error)
         problem = _from_main(problem)  # the others wait here
         if problem is None:
             self.saved_step, self.failures = step, 0
@@ -80,12 +85,15 @@ class Checkpoints:
             errors.warn(f"{target}: not saved ({problem}); older checkpoints are untouched, training goes on.")
         return None
 
-    def _write(self, step: int, target: Path) -> None:
+    def _write(self, step: int, target: Path, read: dict) -> None:
         staged = self.folder / f"{STAGED}{step}-{uuid.uuid4().hex[:8]}"
         try:
             staged.mkdir(parents=True)
             for name, entry in self.state.items():
-                _save_entry(name, entry, staged)
+                if isinstance(entry, tuple):
+                    entry[0](staged)
+                elif read[name] is not None:
+                    nested.save(read[name], staged / f"{name}.safetensors")
             manifests.write(staged, step, self.identity)
             if target.exists():  # cut short or abandoned by an earlier session, which is why it is saved again
                 target.rename(self.folder / f"{STAGED}{step}-replaced-{uuid.uuid4().hex[:8]}")
@@ -202,14 +210,11 @@ class Checkpoints:
         return {"folder": str(folder), "step": manifest["step"]}
 
 
-def _save_entry(name: str, entry, folder: Path) -> None:
-    if isinstance(entry, torch.optim.lr_scheduler.LRScheduler):
-        return  # a function of the step
-    if isinstance(entry, tuple):
-        entry[0](folder)
-    else:
-        read = getattr(entry, "state_dict", None) or entry.state
-        nested.save(read(), folder / f"{name}.safetensors")
+def _state_of(entry):
+    """None where there is nothing to write: a schedule is a function of the step, a pair of functions writes itself."""
+    if isinstance(entry, tuple | torch.optim.lr_scheduler.LRScheduler):
+        return None
+    return (getattr(entry, "state_dict", None) or entry.state)()
 
 
 def _load_entry(name: str, entry, folder: Path, step: int) -> None:

@@ -206,6 +206,10 @@ class Run:
             family.use(name, module)
         return optimizer
 
+    def whole(self):
+        """Around what reads whole weights (samples, files), by all processes: inside, sharded ones are whole."""
+        return self.engine.whole()
+
     @property
     def scaler(self):
         """The fp16 loss scale, None otherwise: part of what a checkpoint must hold."""

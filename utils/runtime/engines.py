@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from utils import errors
+from utils import errors, sharded
 from utils.arguments.relations import ENGINES, engine_asked_for
 
 BUCKET = 2**25  # weights whose gradients DeepSpeed collects before it moves them: its own default is 2 GB in fp32
@@ -35,10 +35,8 @@ def made_for(accelerator, accumulate: int):
     """The keeper of what learns: one of the classes below."""
     name = engine_asked_for()
     if name == "FSDP":
-        errors.refuse(
-            "accelerate is set to FSDP, which these scripts do not support yet; use accelerate_configs/"
-            "multi_gpu.yaml, and to save memory --gradient_checkpointing --use_8bit_adam"
-        )
+        fsdp_settings()
+        return Sharded(accelerator) if accelerator.num_processes > 1 else Whole(accelerator)
     if name == "DeepSpeed":
         os.environ["DS_ACCELERATOR"] = accelerator.device.type
         return Offloaded(accelerator, accumulate, deepspeed_settings(accelerator.num_processes))
@@ -75,8 +73,127 @@ class Whole:
             self.accelerator.scaler.update()  # to a lower scale
         optimizer.zero_grad(set_to_none=True)
 
+    def whole(self):
+        """Around what reads whole weights, by all processes."""
+        return contextlib.nullcontext()
+
     def close(self) -> None:
         pass
+
+
+def fsdp_settings() -> None:
+    """Of accelerate's FSDP settings: version 2, and nothing that is not done here."""
+    told = {name: value.lower() for name, value in os.environ.items() if name.startswith("FSDP_")}
+    complaints = []
+    if (version := told.get("FSDP_VERSION", "1")) != "2":
+        complaints.append(
+            f"accelerate is set to FSDP version {version}; use version 2 (fsdp_version: 2), as in "
+            "accelerate_configs/fsdp2.yaml"
+        )
+    if told.get("FSDP_OFFLOAD_PARAMS") == "true":
+        complaints.append("fsdp_offload_params: true is not supported; leave it out")
+    if told.get("FSDP_ACTIVATION_CHECKPOINTING") == "true":
+        complaints.append("fsdp_activation_checkpointing: true; leave it out and add --gradient_checkpointing")
+    if complaints:
+        errors.refuse(complaints, once=True)
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers would leave other processes without weights
+
+
+class Sharded:
+    """FSDP2: each process keeps a part of every weight of the networks that learn, of its gradient and its state.
+
+    The blocks of a network are made whole one after another, for their forward and backward pass only. accelerate's own
+    way is not taken: it does nothing on a CPU, and its checkpoints have another layout.
+    """
+
+    def __init__(self, accelerator):
+        self.accelerator, self.plain = accelerator, Whole(accelerator)
+        self.classes = {}  # network -> its own class: sharding puts another in its place, which files would name
+        self.blocks = []
+        for name in ("begin", "backward", "holders", "step", "skip", "close"):
+            setattr(self, name, getattr(self.plain, name))
+
+    def prepare(self, modules, optimizer):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
+        parts = {}
+        for module in modules.values():
+            weights = dict(module.named_parameters())
+            self.classes[module] = type(module)
+            for block in [*blocks_of(module), module]:
+                self.blocks.append(fully_shard(block, mesh=mesh))
+            parts |= {id(weights[name]): part for name, part in module.named_parameters()}
+        for group in optimizer.param_groups:
+            group["params"] = [parts[id(weight)] for weight in group["params"]]
+        prepare = self.accelerator.prepare_model  # "evaluation": precision only, no DDP
+        wrapped = {name: prepare(module, evaluation_mode=True) for name, module in modules.items()}
+        prepared = self.accelerator.prepare_optimizer(optimizer)
+        optimizer.register_state_dict_post_hook(self._whole_state)
+        optimizer.register_load_state_dict_pre_hook(self._parts_of_state)
+        return wrapped, prepared
+
+    @contextlib.contextmanager
+    def whole(self):
+        """Inside, every process has all weights, may call the networks as often as it likes, and may write them."""
+        layers = [layer for module in self.classes for layer in module.modules()]
+        hooks = {layer: layer._state_dict_pre_hooks for layer in layers}  # they would shard again before a file is made
+        for block in self.blocks:
+            block.set_reshard_after_forward(False, recurse=False)
+            block.unshard()
+        others = {module: type(module) for module in self.classes}
+        for layer in layers:
+            layer._state_dict_pre_hooks = type(hooks[layer])()
+        for module, own in self.classes.items():
+            module.__class__ = own
+        try:
+            yield
+        finally:
+            for module, other in others.items():
+                module.__class__ = other
+            for layer in layers:
+                layer._state_dict_pre_hooks = hooks[layer]
+            for block in self.blocks:
+                block.set_reshard_after_forward(block not in self.classes, recurse=False)
+                block.reshard()
+
+    @staticmethod
+    def _whole_state(optimizer, state: dict) -> dict:
+        by_weight = {
+            number: {
+                name: sharded.whole(value) if isinstance(value, torch.Tensor) else value for name, value in own.items()
+            }
+            for number, own in state["state"].items()
+        }
+        return {**state, "state": by_weight}
+
+    @staticmethod
+    def _parts_of_state(optimizer, state: dict) -> dict:
+        weights = {
+            number: weight
+            for group, now in zip(state["param_groups"], optimizer.param_groups)
+            for number, weight in zip(group["params"], now["params"])
+        }
+        by_weight = {
+            number: {
+                name: sharded.part(value, weights[number])
+                if isinstance(value, torch.Tensor) and value.shape == weights[number].shape
+                else value
+                for name, value in own.items()
+            }
+            for number, own in state["state"].items()
+        }
+        return {**state, "state": by_weight}
+
+
+def blocks_of(module: torch.nn.Module):
+    """The members of its outermost lists of layers: the UNet's blocks, the layers of an encoder."""
+    for child in module.children():
+        if isinstance(child, torch.nn.ModuleList):
+            yield from child
+        else:
+            yield from blocks_of(child)
 
 
 def deepspeed_settings(world: int) -> dict:
@@ -94,7 +211,7 @@ def deepspeed_settings(world: int) -> dict:
     if world > 1:
         errors.refuse(
             f"accelerate is set to DeepSpeed with {world} processes; here it serves one GPU with little memory. On "
-            "several GPUs use accelerate_configs/multi_gpu.yaml",
+            "several GPUs use accelerate_configs/multi_gpu.yaml, or fsdp2.yaml where memory is short",
             once=True,
         )
     if zero.get("stage") not in (1, 2):
@@ -211,6 +328,9 @@ class Offloaded:
                 rows[k][name] = row
             groups.append({**group, "params": [k]})
         return {"state": {k: row for k, row in rows.items() if row}, "param_groups": groups}
+
+    def whole(self):
+        return contextlib.nullcontext()
 
     def close(self) -> None:
         """A second run in this process finds DeepSpeed as if it had never been used."""
