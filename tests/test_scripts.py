@@ -147,50 +147,6 @@ def test_full_leaves_a_stock_pipeline(train, sd1):
     assert all(key.startswith("text_model.") for key in text)
 
 
-# Everything that has a state of its own, together: a resume that forgets one of them gives other weights.
-RICH = {
-    "train_dreambooth": "--use_ema --gradient_accumulation_steps 2 --train_text_encoder --lr_scheduler cosine"
-    " --lr_warmup_steps 2 --snr_gamma 5 --random_flip",
-    "train_dreambooth_lora": "--use_ema --gradient_accumulation_steps 2 --train_text_encoder --lr_scheduler cosine"
-    " --lr_warmup_steps 2 --noise_offset 0.1 --lora_dropout 0.2 --random_flip",
-}
-
-
-@BOTH
-@pytest.mark.parametrize("crops", ["", "--center_crop"], ids=["uncached", "cached"])
-def test_resumed_equals_uninterrupted(train, script, crops, class_photos):
-    options = (
-        f"{RICH[script]} {crops} --train_batch_size 2 --checkpointing_steps 3 --learning_rate 1e-3 --max_train_steps 5"
-        f" --with_prior_preservation --class_data_dir '{class_photos}' --class_prompt 'a dog' --num_class_images 2"
-    )
-    whole = train(script, options, "whole")
-    cut = train(script, options, "cut")
-    for path in (cut / "checkpoint-3", whole / "checkpoint-3"):
-        assert path.is_dir()
-    again = train(script, f"{options} --resume_from_checkpoint '{cut / 'checkpoint-3'}'", "again")
-    assert same(whole, again)
-    assert losses(whole)[3:] == losses(again)
-    assert not same(whole, train(script, options + " --seed 4", "other")), "the comparison could not fail"
-
-
-@BOTH
-def test_a_resume_names_every_option_that_changed(train, script, photos, sd1, capsys):
-    options = "--max_train_steps 2 --train_batch_size 1 --checkpointing_steps 1 --use_ema"
-    folder = train(script, options)
-    for path in photos.glob("*.png"):
-        Image.new("L", (80, 96), 255).save(path.with_suffix(".mask.png"))
-    changed = {"input_perturbation": 0.1, "caption_dropout": 0.5, "image_interpolation_mode": "box", "ema_decay": 0.9}
-    changed |= {"random_flip": "yes", "center_crop": "yes", "tokenizer_name": sd1 / "tokenizer", "allow_tf32": "yes"}
-    changed |= {"pretrained_vae_model_name_or_path": sd1, "unmasked_weight": 0.5}
-    changed |= {"lora_dropout": 0.2} if "lora" in script else {}
-    words = " ".join(f"--{name} '{value}'" for name, value in changed.items())
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as refused:
-        train(script, f"{options} {words} --masked_loss --resume_from_checkpoint '{folder / 'checkpoint-1'}'")
-    said = capsys.readouterr().err
-    assert refused.value.code == 2 and f"--allow_resume_mismatch {','.join(sorted([*changed, 'dataset']))} if" in said
-
-
 @BOTH
 def test_a_batch_equals_its_accumulated_parts(train, script):
     options = "--center_crop --max_train_steps 2 --learning_rate 1e-3 --checkpointing_steps 0"
