@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import re
 import signal
 import subprocess
@@ -344,6 +345,64 @@ def test_a_loss_scale_that_overflows_leaves_the_step_out(tmp_path):
     assert digests[0] == digests[1] != digests[2]
     assert run.scaler.get_scale() == 2.0**126
     assert schedule.last_epoch == 3
+
+
+# Loss spikes
+
+
+def jumping(count, seed, batch=1):
+    """Losses as diffusion training gives them: a hundredfold between timesteps, so most of a step's loss is chance."""
+    rng = random.Random(seed)
+    one = lambda: math.exp(math.log(0.6) - 5 * rng.random()) * rng.gammavariate(8, 1 / 8)  # noqa: E731
+    return [sum(one() for _ in range(batch)) / batch for _ in range(count)]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_chance_is_no_spike_and_a_loss_that_leaves_its_course_is_one(batch):
+    course, losses = guard.Course(), jumping(3000, seed=batch, batch=batch)
+    assert not any(course.follow(loss) for loss in losses)
+    assert not course.follow(1e3) and not course.follow(float("nan")), "one step is no course"
+    told = [course.follow(max(1.0, loss)) for loss in jumping(200, seed=9, batch=batch)]
+    begins = [step for step, times in enumerate(told) if times]
+    assert len(begins) == 1 and begins[0] < 20 and told[begins[0]] > 1.5
+    calm = [course.follow(loss) for loss in jumping(600, seed=10, batch=batch)]
+    again = [course.follow(max(1.0, loss)) for loss in jumping(100, seed=11, batch=batch)]
+    assert not any(calm) and sum(bool(times) for times in again) == 1, "told anew only after it had calmed down"
+
+
+def test_a_resumed_course_remembers(tmp_path):
+    losses = jumping(300, seed=3) + [1.0] * 40
+    lines = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(losses, start=1)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 3')
+    whole = guard.Guard(tmp_path, on_loss_spike="stop")
+    again = guard.Guard(tmp_path, on_loss_spike="stop")
+    again.recall(tmp_path / "metrics.jsonl", 290)
+    stops = []
+    for watch, first in ((whole, 0), (again, 290)):
+        with pytest.raises(SystemExit) as stopped:
+            for step in range(first, len(losses)):
+                watch.spike(step + 1, losses[step])
+        stops.append((stopped.value.code, step))
+    assert stops[0] == stops[1] and stops[0][0] == 4 and stops[0][1] > 300
+
+
+@pytest.mark.parametrize("option", ["warn", "stop", "off"])
+def test_a_spike_is_told_or_stops_before_the_optimizer_step(tmp_path, monkeypatch, capsys, option):
+    asked = []
+    monkeypatch.setattr(
+        guard.Course, "follow", lambda course, loss: asked.append(loss) or (7.0 if len(asked) == 3 else None)
+    )
+    if option == "stop":
+        with pytest.raises(SystemExit) as stopped:
+            train(tmp_path, total=5, every=1, on_loss_spike=option)
+        assert stopped.value.code == 4
+    else:
+        train(tmp_path, total=5, every=1, on_loss_spike=option)
+    rows, said = told(tmp_path), capsys.readouterr().err
+    assert [row["step"] for row in rows] == ([1, 2] if option == "stop" else [1, 2, 3, 4, 5])
+    assert [row.get("spike") for row in rows][2:] == {"warn": [7.0, None, None], "stop": [], "off": [None] * 3}[option]
+    assert ("step 3: the loss, smoothed over 32 steps, is 7.0 times" in said) == (option != "off")
+    assert len(asked) == {"warn": 5, "stop": 3, "off": 0}[option]
 
 
 # Stopping

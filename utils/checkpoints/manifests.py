@@ -38,7 +38,7 @@ def listed(folder: Path) -> list[tuple[int, Path]]:
     """(step, path), oldest first; `checkpoint-10.bak` and `checkpoint-tmp` are somebody else's."""
     if not folder.is_dir():
         return []
-    matches = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.iterdir() if path.is_dir())
+    matches = ((re.fullmatch(r"checkpoint-([0-9]+)", path.name), path) for path in folder.iterdir() if path.is_dir())
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
