@@ -83,6 +83,7 @@ def main(args):
         "side_factor": family.side_factor,
         "examples_per_step": examples_per_step,
         "interpolation": args.image_interpolation_mode,
+        "alpha_background": args.alpha_background,
         "seed": run.seed,
     }
     dataset = call(datasets.DreamBooth, pictures, **how)

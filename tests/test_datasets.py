@@ -199,6 +199,13 @@ def test_crops_and_flips_are_drawn_anew_and_told_truly():
     assert len(places) > 15 and flips == {True, False} and dataset.varying_crops()
 
 
+def test_transparent_parts_become_the_colour_that_was_asked_for():
+    clear = datasets.Example(Image.new("RGBA", (8, 8), (255, 0, 0, 0)), "p", key="clear")
+    for colour, values in (("white", (1, 1, 1)), ("#00ff00", (-1, 1, -1))):
+        (record,) = datasets.DreamBooth([clear], size=8, alpha_background=colour)[0]
+        assert record["pixels"][:, 3, 3].tolist() == list(values)
+
+
 def test_when_crops_vary():
     for size, center, varies in [((16, 16), False, False), ((40, 20), False, True), ((40, 20), True, False)]:
         assert datasets.DreamBooth(examples(2, size=size), size=8, center_crop=center).varying_crops() is varies
@@ -265,7 +272,7 @@ def test_the_loader_does_not_touch_the_global_generator():
 def test_pictures_are_decoded_once_and_only_while_there_is_room(monkeypatch):
     calls = []
     real = images.open_rgb
-    monkeypatch.setattr(images, "open_rgb", lambda source: calls.append(1) or real(source))
+    monkeypatch.setattr(images, "open_rgb", lambda source, *more: calls.append(1) or real(source))
     dataset = datasets.DreamBooth(examples(2), size=8)
     take(5, dataset, 2)
     assert len(calls) == 2
@@ -351,7 +358,7 @@ def test_a_drive_that_blinks_costs_nothing(folder, monkeypatch):
     waited, opened = [], images.open_rgb
     monkeypatch.setattr(lost.time, "sleep", waited.append)
 
-    def blink(source):
+    def blink(source, background):
         if len(waited) < 2:
             raise images.BadImage(str(source), "cannot be read: the drive has gone")
         return opened(source)

@@ -91,6 +91,115 @@ def test_sixteen_bit_and_float_greys_are_scaled_not_clipped():
     assert np.abs(opened - np.round(unit * 255)).max() <= 1
 
 
+def test_sixteen_bit_colour_and_values_that_are_no_numbers():
+    def chunk(kind, body):
+        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+
+    for colours, kind, expected in (
+        ((65535, 32896, 257), 2, (255, 128, 1)),  # RGB
+        ((65535, 32896, 257, 0), 6, (255, 255, 255)),  # RGBA
+        ((32896, 65535), 4, (128, 128, 128)),  # grey and alpha
+    ):
+        row = b"\0" + np.tile(np.array(colours, dtype=">u2"), 4).tobytes()
+        header = chunk(b"IHDR", (4).to_bytes(4, "big") * 2 + bytes([16, kind, 0, 0, 0]))
+        data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(4 * row)) + chunk(b"IEND", b"")
+        assert images.open_rgb(data).getpixel((2, 2)) == expected
+    for wrong in (np.nan, np.inf):
+        values = np.full((8, 8), 0.5, dtype=np.float32)
+        values[3, 4] = wrong
+        (report,) = images.inspect([encoded(Image.fromarray(values), "TIFF")])
+        assert "no numbers" in report.problem
+
+
+def printer_profile():
+    """An ICC profile of a printer whose magenta is yellow: 16 corners of ink, each with its colour in Lab."""
+
+    def part(kind, body):
+        return kind + bytes(4) + body
+
+    def number(value):
+        return round(value * 65536).to_bytes(4, "big", signed=True)
+
+    def lab(cyan, magenta, yellow, black):
+        if black or cyan:
+            return 0, 128, 128  # black
+        return (247, 107, 222) if magenta or yellow else (255, 128, 128)  # sRGB yellow, or paper
+
+    inks = [lab(*(corner >> bit & 1 for bit in (3, 2, 1, 0))) for corner in range(16)]
+    table = bytes([4, 3, 2, 0]) + b"".join(number(place in (0, 4, 8)) for place in range(9))
+    table += bytes(range(256)) * 4 + b"".join(map(bytes, inks)) + bytes(range(256)) * 3
+    name = b"a printer\0"
+    told = len(name).to_bytes(4, "big") + name + bytes(4 + 4 + 2 + 1 + 67)
+    parts = {
+        b"desc": part(b"desc", told),
+        b"cprt": part(b"text", b"none\0"),
+        b"wtpt": part(b"XYZ ", number(0.9642) + number(1) + number(0.8249)),
+        b"A2B0": part(b"mft1", table),
+    }
+    tags, body, at = b"", b"", 128 + 4 + 12 * len(parts)
+    for name, content in parts.items():
+        tags += name + (at + len(body)).to_bytes(4, "big") + len(content).to_bytes(4, "big")
+        body += content + bytes(-len(content) % 4)
+    size = at + len(body)
+    header = size.to_bytes(4, "big") + bytes(4) + bytes([2, 64, 0, 0]) + b"prtrCMYKLab " + bytes(12) + b"acsp"
+    header += bytes(128 - len(header) - 60) + number(0.9642) + number(1) + number(0.8249) + bytes(48)
+    return header + len(parts).to_bytes(4, "big") + tags + body
+
+
+def test_a_printers_colours_go_through_its_profile_however_they_are_stored():
+    magenta = Image.new("CMYK", (16, 16), (0, 255, 0, 0))
+    for kind in ("JPEG", "TIFF"):  # the first stores ink inverted, as Adobe does, the second does not
+        options = {"quality": 95} if kind == "JPEG" else {}
+        plain, profiled = (
+            encoded(magenta, kind, **options),
+            encoded(magenta, kind, icc_profile=printer_profile(), **options),
+        )
+        assert (b"Adobe" in plain) == (kind == "JPEG")
+        red, green, blue = images.open_rgb(plain).getpixel((5, 5))
+        assert red > 240 and green < 15 and blue > 240 and "CMYK" in images.inspect([plain])[0].warnings[0]
+        red, green, blue = images.open_rgb(profiled).getpixel((5, 5))
+        assert red > 240 and green > 240 and blue < 30, "what this printer calls magenta is yellow"
+        assert images.inspect([profiled])[0].warnings == []
+
+
+def heic(picture, orientation=1):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(picture, "HEIF", quality=95, exif=exif.tobytes())  # stored turned, as phones do
+
+
+def test_a_phones_heic_opens_upright():
+    for data in (heic(corners()), heic(corners().transpose(Image.Transpose.ROTATE_90), 6)):
+        opened = images.open_rgb(data)
+        assert opened.size == images.size_of(data) == (60, 40)
+        assert np.abs(np.asarray(opened).astype(int) - np.asarray(corners())).mean() < 6
+        assert images.inspect([data])[0].problem is None
+
+
+def test_heic_without_its_package_names_it(monkeypatch):
+    data = heic(corners())
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF")
+    images._formats.cache_clear()
+    (report,) = images.inspect([data])
+    images._formats.cache_clear()
+    assert report.problem == "is HEIC, which needs: pip install pillow-heif"
+
+
+def test_a_single_pixel_and_bombs_of_text(tmp_path):
+    (report,) = images.inspect([encoded(Image.new("RGB", (1, 1)))], min_side=64)
+    assert report.problem is None and "is 1x1: smaller than 64" in report.warnings[0]
+    enlarged = images.resize_to_cover(images.open_rgb(encoded(Image.new("RGB", (1, 1), "red"))), (8, 8))
+    assert enlarged.size == (8, 8) and enlarged.getpixel((7, 7)) == (255, 0, 0)
+    data = encoded(corners())
+    words = b"key\0\0" + zlib.compress(bytes(50_000_000), 9)
+    text = len(words).to_bytes(4, "big") + b"zTXt" + words + zlib.crc32(b"zTXt" + words).to_bytes(4, "big")
+    (report,) = images.inspect([data[:33] + text + data[33:]])
+    assert "too large" in report.problem
+
+
 def test_one_bit_grey_and_cmyk():
     assert images.open_rgb(encoded(Image.new("1", (8, 8), 1))).getpixel((0, 0)) == (255, 255, 255)
     assert images.open_rgb(encoded(Image.new("L", (8, 8), 77))).getpixel((0, 0)) == (77, 77, 77)

@@ -105,6 +105,21 @@ def test_sharpness_is_a_matter_of_the_picture_and_not_of_its_size_or_contrast():
     assert quality.look(Image.new("RGB", (64, 64), "red")).sharpness > quality.BLURRED
 
 
+def test_what_is_no_photo_is_counted_and_links_outside_are_told(parse, photos, tmp_path, capsys):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "elsewhere.png")
+    (photos / "linked.png").symlink_to(tmp_path / "elsewhere.png")
+    (photos / "broken.png").symlink_to(photos / "gone.png")
+    for name in (".DS_Store", "Thumbs.db", "notes.txt", "Read me.pdf"):
+        (photos / name).write_bytes(b"x")
+    (photos / ".ipynb_checkpoints").mkdir()
+    preflight.check(parse())
+    said = capsys.readouterr()
+    assert (
+        said.out.startswith("4 photos") and "; 3 other files ignored (Read me.pdf, Thumbs.db, broken.png)" in said.out
+    )
+    assert f"linked.png' is a link to '{tmp_path / 'elsewhere.png'}', outside of the folder" in said.err
+
+
 def test_masks_are_checked(parse, photos, tmp_path, capsys):
     first, second, _ = sorted(photos.iterdir())
     assert refused(capsys, parse("--masked_loss"), errors.DATA)[0].startswith("--masked_loss: no photo has a mask")

@@ -240,6 +240,7 @@ class DreamBooth(Dataset):
         seed: int = 0,
         repeats: int = 1,  # how often an instance picture counts in an epoch
         caption_dropout: float = 0.0,  # share of visits with an empty caption: what guidance compares with
+        alpha_background: str = "white",  # what transparent parts become
         on_bad_image: str = "error",  # what a picture does that becomes unreadable while the run goes on
         resolution_buckets: str = buckets.OFF,  # off, auto, or shapes as buckets.spelled writes them
         side_factor: int = buckets.SIDE,  # pixels of which the model wants sides to be a multiple; for buckets
@@ -257,7 +258,7 @@ class DreamBooth(Dataset):
         self.latents = None  # cache.latents puts the posteriors here
         self._sizes: dict[str, tuple[int, int]] = {}
         self._remembered: dict[tuple[str, tuple[int, int]], Any] = {}
-        self.lost = lost.Lost(on_bad_image)
+        self.lost, self.alpha_background = lost.Lost(on_bad_image), alpha_background
         self._room = REMEMBERED
         self.shapes = buckets.shapes(resolution_buckets, size, side_factor) or [(size, size)]
         self._in_shape: dict[tuple[int, int], list[int]] = {}  # visits; shapes that no photo has are not here
@@ -459,7 +460,7 @@ class DreamBooth(Dataset):
 
     def _picture(self, example: Example, shape: tuple[int, int], remember: bool):
         """Decoded and resized; remembered while there is room."""
-        read = lambda: images.open_rgb(example.source)  # noqa: E731
+        read = lambda: images.open_rgb(example.source, self.alpha_background)  # noqa: E731
         return self._resized(example.key, read, shape, self.interpolation, remember)
 
     def _resized_mask(self, example: Example, shape: tuple[int, int]):

@@ -6,9 +6,11 @@ imported. Files are read, never written, and refused by their header before a de
 
 import functools
 import io
+import math
 import os
 import threading
 import warnings
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,7 +124,12 @@ def size_of(source) -> tuple[int, int]:
 
 
 def inspect(
-    paths, min_side: int | None = None, max_pixels: int = MAX_PIXELS, look=None, square: bool = True
+    paths,
+    min_side: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    look=None,
+    square: bool = True,
+    background: str = "white",
 ) -> list[Report]:
     """Decodes every picture completely, since a header says nothing about a truncated file; never raises.
 
@@ -131,19 +138,19 @@ def inspect(
     """
     paths = list(paths)
     with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1, len(paths)))) as pool:
-        return list(pool.map(lambda path: _inspect(path, min_side, max_pixels, look, square), paths))
+        return list(pool.map(lambda path: _inspect(path, min_side, max_pixels, look, square, background), paths))
 
 
-def _inspect(path, min_side: int | None, max_pixels: int, look, square: bool) -> Report:
+def _inspect(path, min_side: int | None, max_pixels: int, look, square: bool, background: str) -> Report:
     report = Report(path)
     try:
         with _opened(path, max_pixels) as image:
             report.width, report.height = width, height = image.size
         if width * height > 16_000_000:  # the memory of a check stays bounded, whatever the number of threads
             with _one_large_at_a_time:
-                image, report.warnings = _decode(path, "white", max_pixels)
+                image, report.warnings = _decode(path, background, max_pixels)
         else:
-            image, report.warnings = _decode(path, "white", max_pixels)
+            image, report.warnings = _decode(path, background, max_pixels)
         report.width, report.height = width, height = image.size
         shorter, longer = sorted((width, height))
         if longer > MAX_RATIO * shorter:
@@ -221,7 +228,7 @@ def _why_unknown(source) -> str:
         return f"cannot be read: {error.strerror or error}"
     if not head:
         return "is empty (0 bytes)"
-    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
         return "is HEIC, which needs: pip install pillow-heif"
     return "is not a picture in a supported format (JPEG, PNG, WebP, AVIF, HEIC, TIFF, GIF, BMP, PPM)"
 
@@ -272,6 +279,8 @@ def _eight_bits(image):
     """16-bit, 32-bit or float grey => 8-bit grey; Pillow's own conversion clips everything above 255 to white."""
     high = image.getextrema()[1]
     if image.mode == "F":
+        if not math.isfinite(sum(array("f", image.tobytes()))):
+            raise ValueError("some of its values are no numbers")
         scale = 255.0 if high <= 1.0 else 1.0 if high <= 255 else 255 / max(high, 65535.0)
         return image.point(lambda value: value * scale + 0.5).convert("L")
     sixteen = image.mode.startswith("I;16") or 255 < high <= 65535

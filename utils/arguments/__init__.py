@@ -13,6 +13,7 @@ from utils.arguments.settings import (
     Kind,
     caller,
     choice,
+    colour,
     concepts_file,
     defaults,
     flag,
@@ -123,6 +124,7 @@ def _add_images(add, on_bad_image: str = "error") -> None:
     add("center_crop", flag, False, "crop the centre instead of a new random place each time")
     add("random_flip", flag, False, "mirror half of the photos, chosen anew each time")
     add("image_interpolation_mode", choice(*INTERPOLATIONS), "lanczos", "filter used for resizing")
+    add("alpha_background", colour, "white", "what transparent parts of photos become: white, black, grey or #rrggbb")
     add("on_bad_image", choice("error", "skip"), on_bad_image, "what an unreadable picture does to the run")
     add("dataloader_num_workers", whole(0), 0, "processes that prepare pictures; 0: the training process itself")
 

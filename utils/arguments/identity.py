@@ -15,6 +15,7 @@ COMPARED = {
     "center_crop": False,
     "random_flip": False,
     "image_interpolation_mode": "lanczos",
+    "alpha_background": "white",
     "caption_dropout": 0.0,
     "unmasked_weight": 0.0,
     "lora_dropout": 0.0,

@@ -8,6 +8,7 @@ import argparse
 import difflib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,12 +80,19 @@ def _filled(written: str) -> str:
     return written
 
 
+def _colour(written: str) -> str:
+    if not re.fullmatch("white|black|gr[ae]y|#[0-9a-f]{6}", written.lower()):
+        raise ValueError
+    return written.lower()
+
+
 def _yes_or_no(written: str) -> bool:
     answers = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
     return answers[written.strip().lower()]
 
 
 flag = Kind("{yes,no}", "yes or no", _yes_or_no)
+colour = Kind("COLOUR", "white, black, grey or #rrggbb", _colour)
 text = Kind("TEXT", "something that is not empty", _filled, commas=True)
 prompt = Kind("PROMPT", "a text", str)  # an empty prompt is a prompt
 concepts_file = Kind("FILE.json", "a file", lambda written: os.path.expanduser(_filled(written)), rows=True)

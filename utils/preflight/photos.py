@@ -103,6 +103,7 @@ def _folder(args, concept: Concept, kind: str, problems) -> tuple[list, list[Pat
     # Class images are the model's own, and may look alike.
     square = args.resolution_buckets == buckets.OFF  # else the report of the buckets tells what is cut and enlarged
     wanted = {"min_side": square and args.resolution, "look": quality.look, "square": square} if needed else {}
+    wanted |= {"background": args.alpha_background}
     reports = images.inspect(pictures, **wanted)
     bad = [report for report in reports if report.problem]
     good = [report for report in reports if not report.problem]
@@ -112,6 +113,8 @@ def _folder(args, concept: Concept, kind: str, problems) -> tuple[list, list[Pat
         _few([f"left out: '{report.path}' {report.problem}" for report in bad])
     if needed and bad and args.on_bad_image == "error":
         problems.data.append("repair or remove these pictures, or leave them out with --on_bad_image skip")
+    links = [path for path in pictures if path.is_symlink() and not captions.contained(path, Path(folder))]
+    _few([f"'{path}' is a link to '{path.resolve()}', outside of the folder" for path in links])
     _few([f"'{report.path}' {warning}" for report in good for warning in report.warnings])
     _few(quality.remarks(good) if needed else [])
     return good, [Path(report.path) for report in bad]
@@ -140,6 +143,8 @@ def summary(args: argparse.Namespace, found: Sequence[Found]) -> list[str]:
             by_area = sorted((report.width * report.height, f"{report.width}x{report.height}") for report in one.photos)
             line = f"{len(one.photos)} photos in '{one.concept.instance_data_dir}', {by_area[0][1]}"
             line += f" to {by_area[-1][1]}" if by_area[0][1] != by_area[-1][1] else ""
+            others = [path.name for path in images.survey(one.concept.instance_data_dir)[1]]
+            line += f"; {len(others)} other files ignored ({', '.join(others[:3])})" if others else ""
         if one.drawn is not None:
             line += f"; {len(one.drawn)} of {one.concept.num_class_images} class images in"
             line += f" '{one.concept.class_data_dir}'"
