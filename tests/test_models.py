@@ -218,6 +218,8 @@ def test_prompts_beyond_the_limit_are_named_once(sd1, capsys):
     said = capsys.readouterr().err
     assert said.count("warning") == 1
     assert "red cat" in said and "dog" not in said
+    family.encode_prompts(["🐕🚗" * 15])  # few letters, many tokens
+    assert capsys.readouterr().err.count("warning") == 1
     assert family.cut_text("dog " * 75) == ""  # exactly full
     family.encode_prompts(["dog " * 75])
     assert capsys.readouterr().err == ""

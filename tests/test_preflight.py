@@ -74,6 +74,10 @@ def test_unusable_photos_are_data_errors(parse, photos, capsys):
     assert "--on_bad_image skip" in said[-1] and ".DS_Store" not in "\n".join(said)
     bad = preflight.check(parse("--on_bad_image=skip"))
     assert sorted(path.name for path in bad) == sorted(["text.jpg", "empty.png", f"cut{whole.suffix}"])
+    (photos / "more.jpg").write_bytes(b"")
+    assert "4 of 7 pictures cannot be used: too many" in refused(capsys, parse("--on_bad_image=skip"), errors.DATA)[-1]
+    (photos / "more.jpg").unlink()
+    preflight.check(parse("--on_bad_image=skip"))
     said = capsys.readouterr()
     assert "3 photos" in said.out and "3 left out" in said.out and "warning: left out:" in said.err
 

@@ -195,7 +195,8 @@ def hub(
         examples.append(Example(row, caption_files.fill(text, **words), key=f"{table._fingerprint}-{index}"))
     # All of them decoded now: one that cannot be would otherwise end the run at whatever step it is drawn.
     reports = images.inspect([example.source for example in examples])
-    if on_bad_image == "error":
+    bad = sum(bool(report.problem) for report in reports)
+    if on_bad_image == "error" or bad > images.MOST_BAD * len(reports):
         complaints += [
             f"{name}, row {index}: {report.problem}" for index, report in enumerate(reports) if report.problem
         ]

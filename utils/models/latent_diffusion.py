@@ -283,7 +283,8 @@ class LatentDiffusion:
         return self.tokenizer.decode(ids[self.prompt_limit - 1 : -1]).strip() if len(ids) > self.prompt_limit else ""
 
     def _warn_when_cut(self, text: str) -> None:
-        if text not in self._warned and len(text) > self.prompt_limit // 2:  # shorter texts cannot be too long
+        # Shorter ones cannot be too long: a token is a byte at least (an emoji has four), lower case at most doubles
+        if text not in self._warned and len(text.encode()) > self.prompt_limit // 2:
             self._warned.add(text)
             if cut := self.cut_text(text):
                 errors.warn(f"a prompt is longer than {self.prompt_limit} tokens; the model will not see: {cut!r}")

@@ -107,11 +107,14 @@ def _folder(args, concept: Concept, kind: str, problems) -> tuple[list, list[Pat
     reports = images.inspect(pictures, **wanted)
     bad = [report for report in reports if report.problem]
     good = [report for report in reports if not report.problem]
-    if needed and (args.on_bad_image == "error" or (pictures and not good)):
+    too_many = len(bad) > images.MOST_BAD * len(reports)
+    if needed and (args.on_bad_image == "error" or too_many):
         problems.data += [f"'{report.path}' {report.problem}" for report in bad]
     else:  # a class image that cannot be read is replaced by a new one
         _few([f"left out: '{report.path}' {report.problem}" for report in bad])
-    if needed and bad and args.on_bad_image == "error":
+    if needed and too_many:
+        problems.data.append(f"{len(bad)} of {len(reports)} pictures cannot be used: too many to leave out")
+    elif needed and bad and args.on_bad_image == "error":
         problems.data.append("repair or remove these pictures, or leave them out with --on_bad_image skip")
     links = [path for path in pictures if path.is_symlink() and not captions.contained(path, Path(folder))]
     _few([f"'{path}' is a link to '{path.resolve()}', outside of the folder" for path in links])
