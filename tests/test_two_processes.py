@@ -22,6 +22,7 @@ PHOTOS = 3  # divides neither batch
 JOBS = {
     "lora": "train_dreambooth_lora sd1 --train_text_encoder --snr_gamma 5 --noise_offset 0.1 --random_flip",
     "full": "train_dreambooth sd1 --use_ema",
+    "buckets": "train_dreambooth_lora sd1 --resolution_buckets --resolution 64 --center_crop",
     "sdxl": "train_dreambooth_lora_sdxl sdxl --train_text_encoder",
 }
 
@@ -45,7 +46,8 @@ def free_port():
 def ran(sd1, sdxl, tmp_path_factory):
     """The jobs of two processes, all of them in one start: (folder, what each process told)."""
     base = tmp_path_factory.mktemp("two")
-    photos, models = tiny.photos(base / "photos", PHOTOS), {"sd1": sd1, "sdxl": sdxl}
+    photos, models = tiny.photos(base / "photos", PHOTOS - 1), {"sd1": sd1, "sdxl": sdxl}
+    tiny.photo(7, size=(130, 70)).save(photos / "wide.png")
     jobs = []
     for name in JOBS:
         classes = base / "class" if name != "sdxl" else tiny.photos(base / "drawn", 5, seed=9)

@@ -77,11 +77,13 @@ def prior(args: argparse.Namespace) -> bool:
 
 def sizes(found: Sequence[Found]) -> list[tuple[str, int, int, int]]:
     """(name, width, height, times in an epoch) of every photo, as `buckets.fill` takes them."""
-    return [
-        (os.path.basename(report.path), report.width, report.height, one.concept.repeats)
-        for one in found
-        for report in one.photos or ()
-    ]
+    named = []
+    for one in found:  # cameras number their photos: in several folders names are no longer enough
+        folder = os.path.basename(one.concept.instance_data_dir or "") + "/" if len(found) > 1 else ""
+        for report in one.photos or ():
+            name = folder + os.path.basename(report.path)
+            named.append((name, report.width, report.height, one.concept.repeats))
+    return named
 
 
 def _folder(args, concept: Concept, kind: str, problems) -> tuple[list, list[Path]]:
