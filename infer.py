@@ -3,6 +3,7 @@
     python infer.py --lora runs/dog --prompt "a photo of sks dog in a bucket"
     python infer.py --lora runs/dog:0.8 --lora ink.safetensors:0.5 --prompt_set all --identifier sks --class_noun dog
     python infer.py --pretrained_model_name_or_path runs/dog-full --prompt_file prompts.txt --num_images 8
+    python infer.py --content_lora runs/dog --style_lora runs/ink --prompt "a sks dog in the style of ink"
     python infer.py --checkpoint runs/dog-full/checkpoint-400 --prompt "a photo of sks dog" --seed 17 --num_images 1
 
 The base model is read from what was saved, unless it is given. Every image has a seed of its own, the same ones for
@@ -11,11 +12,9 @@ carries the settings it was drawn with.
 """
 
 import re
-import tempfile
-import warnings
 from pathlib import Path
 
-from utils import arguments, models, saved
+from utils import arguments, models, saved, targets
 from utils.arguments.settings import choice, flag, folder, nearest, number, text, whole
 from utils.arguments.settings import prompt as words
 from utils.errors import refuse
@@ -36,6 +35,7 @@ SCHEDULERS = {
     "pndm": ("PNDMScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
+REFINERS = ("StableDiffusionXLImg2ImgPipeline",)  # what the published one says that it is
 # Without an identifier its place closes up: the same scene for the subject and for any other of its class.
 PROMPT_SETS = {
     "bucket": "a photo of {identifier} {class} in a bucket",
@@ -45,7 +45,6 @@ PROMPT_SETS = {
     "haircut": "a photo of {identifier} {class} getting a haircut",
     "plain": "a photo of {identifier} {class}",
 }
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def parse_args(argv=None):
@@ -56,10 +55,17 @@ def parse_args(argv=None):
     add("pretrained_model_name_or_path", folder, None, help, unset="what --lora or --checkpoint was trained on")
     help = "LoRA folder, file, checkpoint-N or hub name, and its strength (default: 1); repeat it for more"
     add("lora", folder, None, help, append=True, metavar="PATH[:SCALE]")
+    help = "B-LoRA of SDXL: of this LoRA only what it says of content (what is shown)"
+    add("content_lora", folder, None, help, metavar="PATH[:SCALE]")
+    add("style_lora", folder, None, "the same, of style (how it looks)", metavar="PATH[:SCALE]")
     add("checkpoint", folder, None, "checkpoint-N of a full run, whose networks replace the base's, or of a LoRA run")
     add("revision", text, None, "branch, tag or commit of the hub model")
     add("variant", text, None, "file variant of the weights, e.g. fp16")
     add("allow_pickle", flag, False, arguments.ALLOW_PICKLE)
+    help = "VAE folder or hub name"
+    add("pretrained_vae_model_name_or_path", folder, None, help, unset="what the run used, else the model's own")
+    add("refiner", folder, None, "SDXL refiner (folder or hub name) that draws the last part of each image")
+    add("refiner_start", number(above=0, below=1), 0.8, "the share of the noise schedule after which it takes over")
 
     add = arguments.group(parser, "Prompts; {identifier} and {class} in them are replaced")
     add("prompt", words, None, "repeat it for more", append=True)
@@ -81,7 +87,7 @@ def parse_args(argv=None):
     add("height", whole(8), None, "pixels, a multiple of 8", unset="the model's")
     add("width", whole(8), None, "pixels, a multiple of 8", unset="the model's")
     add("batch_size", whole(1), 4, "images drawn at once: speed and memory, not what is drawn")
-    add("dtype", choice("auto", *DTYPES), "auto", "precision; auto is fp16 on a GPU and fp32 elsewhere")
+    add("dtype", choice("auto", "fp32", "fp16", "bf16"), "auto", "precision; auto is fp16 on a GPU and fp32 elsewhere")
     add("device", text, "auto", "cpu, cuda, cuda:1, mps, ...")
 
     add = arguments.group(parser, "Output")
@@ -97,12 +103,15 @@ def main(args):
     files = [Path(args.output_dir, file_name(prompts.index(prompt), prompt, seed)) for prompt, seed in jobs]
     if args.dry_run:
         return print_plan(base, loras, modules, jobs, files)
-    from utils import sheets, validation
+    from utils import assembling, sheets, validation
     from utils.report import gallery
     from utils.runtime import startup
 
     startup.quiet()
-    pipeline = load(base, loras, modules, args)
+    device, dtype = assembling.place(args.device, args.dtype)
+    kind, changes = find_scheduler(args.scheduler)
+    pipeline = assembling.pipeline(base, loras, modules, device, dtype, kind, changes, args.allow_pickle)
+    refiner = assembling.refiner(args.refiner, pipeline, kind, changes) if args.refiner else None
     say_averaged(loras, modules)
     told = {
         "negative_prompt": args.negative_prompt,
@@ -110,10 +119,14 @@ def main(args):
         "guidance_scale": args.guidance_scale,
         "scheduler": args.scheduler,
         "base_model": validation.public_name(base.name),
-        "lora": [f"{validation.public_name(lora.given)}:{lora.scale:g}" for lora in loras],
+        "lora": [
+            f"{validation.public_name(lora.given)}:{lora.scale:g}" + (f" ({lora.part})" if lora.part else "")
+            for lora in loras
+        ],
         "checkpoint": Path(args.checkpoint).name if args.checkpoint else "",
         "averaged": ", ".join(path.name for path in averaged(loras, modules)),
         "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
+        **({"refiner": validation.public_name(args.refiner), "refiner_start": args.refiner_start} if refiner else {}),
     }
     images = validation.draw(
         pipeline,
@@ -124,7 +137,10 @@ def main(args):
         width=args.width,
         height=args.height,
         batch_size=args.batch_size,
+        **({"denoising_end": args.refiner_start, "output_type": "latent"} if refiner else {}),
     )
+    if refiner:
+        images = refined(refiner, images, jobs, args)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     cells = []
     for k, image in images:
@@ -141,6 +157,24 @@ def main(args):
     return files
 
 
+def refined(refiner, latents, jobs: list, args):
+    """The base's unfinished latents => images: the refiner goes on from the noise that is left."""
+    from utils import validation
+
+    for k, latent in latents:
+        prompt, seed = jobs[k]
+        words = {"prompt": prompt, "negative_prompt": args.negative_prompt or None, "image": latent[None]}
+        drawn = validation.draw(
+            refiner,
+            words,
+            [seed],
+            steps=args.num_inference_steps,
+            guidance=args.guidance_scale,
+            denoising_start=args.refiner_start,
+        )
+        yield k, next(image for _, image in drawn)
+
+
 def file_name(number: int, prompt: str, seed: int) -> str:
     """The number keeps the prompts in order, and apart where their words are not."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-")
@@ -155,6 +189,10 @@ def check(args):
     wrong = []
     prompts = all_prompts(args, wrong)
     loras = [lora for given in args.lora if (lora := saved.lora(given, wrong))]
+    for part in targets.BLOCKS:
+        given = getattr(args, f"{part}_lora")
+        if given and (lora := saved.lora(given, wrong, option=f"--{part}_lora", part=part)):
+            loras.append(lora)
     modules = saved.checkpoint(args.checkpoint, wrong) if args.checkpoint else {}
     if isinstance(modules, saved.Lora):
         loras, modules = [*loras, modules], {}
@@ -166,6 +204,8 @@ def check(args):
             wrong.append(
                 f"--{name} {value} is no multiple of 8; the nearest are {value // 8 * 8} and {value // 8 * 8 + 8}"
             )
+    if args.refiner and models.read_index(args.refiner).get("_class_name") not in REFINERS:
+        wrong.append(f"--refiner {args.refiner} is no SDXL refiner; give one of: {', '.join(REFINERS)}")
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         wrong.append(f"--output_dir {args.output_dir} is a file; give a folder")
     if wrong:  # what was saved is not all there, so a base recorded in it cannot be looked for
@@ -173,8 +213,11 @@ def check(args):
     base = saved.base(args.pretrained_model_name_or_path, loras, args.checkpoint if modules else None, wrong)
     if base:
         base.revision, base.variant = args.revision or base.revision, args.variant or base.variant
+        base.vae = args.pretrained_vae_model_name_or_path or base.vae
         parts = models.read_index(base.name, base.revision)  # refuses a name that leads nowhere
         wrong += [complaint for lora in loras if (complaint := saved.misfit(lora, base.name, parts))]
+        if args.refiner and "text_encoder_2" not in parts:
+            wrong.append(f"--refiner goes on where an SDXL model stops, and {base.name} is none; leave it out")
         strangers = [name for name in modules if name not in parts]
         wrong += [f"--checkpoint {args.checkpoint} holds {name}/, which {base.name} lacks" for name in strangers]
     if wrong:
@@ -226,7 +269,7 @@ def find_scheduler(name: str):
 def print_plan(base, loras: list, modules: dict, jobs: list, files: list) -> list:
     print(f"base model: {base.name}")
     for lora in loras:
-        print(f"LoRA: {lora.file} at {lora.scale:g}")
+        print(f"LoRA: {lora.file} at {lora.scale:g}" + (f", only its {lora.part}" if lora.part else ""))
     for name, path in modules.items():
         print(f"{name}: {path}")
     say_averaged(loras, modules)
@@ -244,65 +287,6 @@ def averaged(loras: list, modules: dict) -> list:
 def say_averaged(loras: list, modules: dict) -> None:
     for checkpoint in averaged(loras, modules):
         print(f"{checkpoint.name}: drawn with its averaged weights (--use_ema)", flush=True)
-
-
-# Loading.
-
-
-def load(base, loras: list, modules: dict, args):
-    """The stock pipeline: the base model, with a checkpoint's networks in the place of its own, and adapters on top."""
-    from utils import validation
-
-    device, dtype = place(args.device, args.dtype)
-    own = {"prediction_type": base.prediction_type, "allow_pickle": args.allow_pickle}
-    family = models.family_of(base.name, base.revision, base.variant, **own)
-    family.load(device, dtype, vae=base.vae, parts=[name for name in family.names if name not in modules])
-    for name, path in modules.items():
-        setattr(family, name, load_module(base, name, path, dtype).to(device).eval())
-    pipeline = family.pipeline()
-    warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are what is asked for
-    names = [f"lora{number}" for number in range(len(loras))]
-    for name, lora in zip(names, loras):
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                file = saved.averaged_lora(lora.file, folder)
-                pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
-        except (ValueError, RuntimeError, KeyError, IndexError) as problem:  # shapes or names of another network
-            refuse(f"--lora {lora.given} does not fit {base.name}: {str(problem).strip().splitlines()[0]}")
-    if names:
-        pipeline.set_adapters(names, [lora.scale for lora in loras])
-    kind, changes = find_scheduler(args.scheduler)
-    if kind:
-        pipeline.scheduler = validation.make_scheduler(kind, dict(pipeline.scheduler.config) | changes)
-    return pipeline
-
-
-def load_module(base, name: str, path: Path, dtype):
-    """One network of a full checkpoint, of the class that the base model has in its place; averaged, if it can be."""
-    cls = models.component_class(base.name, base.revision, name)
-    try:
-        module = cls.from_pretrained(path, use_safetensors=True)
-        found = saved.averages(path.parent) or {}
-        for key, weight in module.named_parameters():
-            weight.data = found.get(f"{name}.{key}", weight.data)
-        return module.to(dtype)
-    except (OSError, ValueError, RuntimeError) as problem:
-        refuse(f"--checkpoint: {path} cannot be read as a {cls.__name__}: {str(problem).strip().splitlines()[0]}")
-
-
-def place(device: str, dtype: str):
-    """Names -> torch's device and dtype; a device that is not there is refused before the model is read."""
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as problem:
-        refuse(f"--device {device} cannot be used here: {str(problem).strip().splitlines()[0]}")
-    if dtype == "auto":
-        dtype = "fp32" if device == "cpu" else "fp16"
-    return torch.device(device), getattr(torch, DTYPES[dtype])
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def main(args):
     try:
         with run.phase("saving"), average.swapped(), run.whole():
             if run.is_main:
-                learns.save(run.output_dir)
+                call(learns.save, run.output_dir)
             sampler.draw(run.step)
     except BaseException:  # a full disk, a base model that has gone: what was learned must not go with it
         if run.world == 1:  # several processes no longer agree on what comes next
@@ -230,7 +230,7 @@ def main(args):
             base_model=args.pretrained_model_name_or_path,
             kind="dreambooth",
             family=family.label,
-            adapters="dora" if args.use_dora else "lora",
+            adapters=learns.describe()["method"],
             prompt=[concept.instance_prompt for concept in args.concepts],
             dataset=args.dataset_name,
             facts=learns.describe()

@@ -21,7 +21,7 @@ def parse_args(argv=None):
     arguments.add_masks(parser)
     arguments.add_prior_preservation(parser)
     arguments.add_text_encoder(parser, text_encoder_lr=5e-6, adam_weight_decay=1e-3)
-    arguments.add_lora(parser, rank=4, kohya=True)
+    arguments.add_lora(parser, rank=4)
     arguments.add_length(parser, train_batch_size=4, num_train_epochs=1)
     arguments.add_optimizer(parser, learning_rate=1e-4, adam_weight_decay=1e-4)
     arguments.add_loss(parser, edm=True)
@@ -219,7 +219,7 @@ def main(args):
     try:
         with run.phase("saving"), average.swapped(), run.whole():
             if run.is_main:
-                learns.save(run.output_dir)
+                call(learns.save, run.output_dir)
             sampler.draw(run.step)
     except BaseException:  # a full disk, a base model that has gone: what was learned must not go with it
         if run.world == 1:  # several processes no longer agree on what comes next
@@ -231,7 +231,7 @@ def main(args):
             base_model=args.pretrained_model_name_or_path,
             kind="dreambooth",
             family=family.label,
-            adapters="dora" if args.use_dora else "lora",
+            adapters=learns.describe()["method"],
             prompt=[concept.instance_prompt for concept in args.concepts],
             dataset=args.dataset_name,
             facts=learns.describe()

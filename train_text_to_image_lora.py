@@ -215,7 +215,7 @@ def main(args):
     try:
         with run.phase("saving"), average.swapped(), run.whole():
             if run.is_main:
-                learns.save(run.output_dir)
+                call(learns.save, run.output_dir)
             run.also(run.step, validation_loss=held_out.measure())
             sampler.draw(run.step)
     except BaseException:  # a full disk, a base model that has gone: what was learned must not go with it
@@ -228,7 +228,7 @@ def main(args):
             base_model=args.pretrained_model_name_or_path,
             kind="text-to-image",
             family=family.label,
-            adapters="dora" if args.use_dora else "lora",
+            adapters=learns.describe()["method"],
             dataset=args.dataset_name,
             facts=learns.describe()
             | {

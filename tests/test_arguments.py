@@ -66,7 +66,6 @@ WITHOUT_EFFECT = {
     "class_labels_conditioning",
     "validation_images",
     "do_edm_style_training",
-    "output_kohya_format",
 }
 
 
@@ -335,7 +334,8 @@ TOLD = """pretrained_model_name_or_path revision concepts_list concepts
     dataset_config_name dataset_split image_column caption_column train_data_dir max_train_samples validation_split
     resolution resolution_buckets masked_loss masks_dir alpha_mask with_prior_preservation class_data_dir class_prompt
     num_class_images class_guidance_scale prior_generation_precision prior_loss_weight train_text_encoder rank
-    lora_alpha use_dora lora_target_modules train_batch_size gradient_accumulation_steps seed optimizer use_8bit_adam
+    lora_alpha use_dora lora_target_modules adapter use_rslora lokr_factor init_lora_weights loraplus_lr_ratio
+    lora_conv_rank lora_unet_blocks train_batch_size gradient_accumulation_steps seed optimizer use_8bit_adam
     snr_gamma
     noise_offset prediction_type dream_training use_ema mixed_precision"""
 # What may change between two sessions: how long and how fast a run learns, where and how it is computed and told.
@@ -343,7 +343,8 @@ CHANGEABLE = """config dry_run allow_pickle cache_dir repeats on_bad_image datal
     text_encoder_lr adam_weight_decay_text_encoder num_train_epochs max_train_steps max_train_minutes learning_rate
     scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power max_grad_norm adam_beta1 adam_beta2 adam_weight_decay
     adam_epsilon offload_ema gradient_checkpointing enable_xformers_memory_efficient_attention cache_latents compile
-    deterministic output_dir overwrite_output_dir checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+    deterministic output_kohya_format
+    output_dir overwrite_output_dir checkpointing_steps checkpoints_total_limit resume_from_checkpoint
     allow_resume_mismatch verify_checkpoint on_nan on_loss_spike validation_prompt num_validation_images
     validation_steps validation_epochs validation_scheduler validation_num_inference_steps validation_guidance_scale
     report_to logging_dir tracker_project_name push_to_hub hub_token hub_model_id hub_private"""

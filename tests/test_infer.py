@@ -46,7 +46,7 @@ def make_lora(base, folder, seed=0, recorded=None):
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         for weight in learns.parameters():
-            weight.normal_()
+            weight.normal_(std=0.3)  # larger ones would make much of rounding
     learns.save(folder)
     if recorded:
         Path(folder, "training_config.yaml").write_text(f"pretrained_model_name_or_path: {recorded}\n")
@@ -310,3 +310,170 @@ def test_answers_at_once(options, tmp_path):
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == (0 if options == ["--help"] else 2)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+# Adapters of other programs and kinds, two blocks of two LoRAs, a refiner.
+
+
+def trained(base, folder, seed=0, **options):
+    import torch
+
+    from utils import adapters, models
+
+    family = models.family_of(str(base))
+    family.load("cpu", torch.float32)
+    learns = adapters.attach(family, rank=2, seed=seed, **options)
+    with torch.no_grad():
+        for number, weight in enumerate(learns.parameters()):
+            weight.add_(0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed + number)))
+    learns.save(folder, output_kohya_format=True)
+    return family, folder
+
+
+def stock_image(pipeline, seed=0):
+    from utils import validation
+
+    pipeline.scheduler = validation.make_scheduler("DPMSolverMultistepScheduler", pipeline.scheduler.config)
+    words = {"prompt": "a photo of dog"}
+    (image,) = validation.draw(pipeline, words, [seed], steps=2, width=64, height=64)
+    return np.asarray(image[1]).astype(int)
+
+
+ONE = [
+    "--prompt",
+    "a photo of dog",
+    "--num_images",
+    "1",
+    "--num_inference_steps",
+    "2",
+    "--width",
+    "64",
+    "--height",
+    "64",
+]
+
+
+@pytest.mark.parametrize("kind", [{"dora": True}, {"adapter": "loha"}, {"adapter": "lokr"}], ids=str)
+def test_files_that_stock_diffusers_does_not_read_whole(sdxl, kind, tmp_path):
+    family, folder = trained(sdxl, tmp_path / "dog", text_encoder=True, **kind)
+    ours = stock_image(family.pipeline())
+    base = ["--pretrained_model_name_or_path", sdxl, *ONE]
+    (file,) = draw(tmp_path / "out", *base, "--lora", folder / "pytorch_lora_weights_kohya.safetensors")
+    assert np.abs(pixels(file) - ours).max() <= 1
+    (off,) = draw(tmp_path / "off", *base, "--lora", f"{folder}:0")
+    if "dora" not in kind:  # DoRA keeps its lengths at any strength
+        (plain,) = draw(tmp_path / "plain", *base)
+        assert np.abs(pixels(off) - pixels(plain)).max() <= 1
+    # Beside an ordinary one, whatever the order.
+    _, other = trained(sdxl, tmp_path / "ink", seed=50)
+    both = [
+        draw(tmp_path / name, *base, "--lora", one, "--lora", two)[0]
+        for name, one, two in (("first", f"{folder}:0.5", other), ("second", other, f"{folder}:0.5"))
+    ]
+    assert np.abs(pixels(both[0]) - ours).max() > 1
+    if "dora" not in kind:
+        assert np.abs(pixels(both[0]) - pixels(both[1])).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def like_sdxl(tmp_path_factory):
+    """A tiny SDXL whose blocks have the places that they have in the published one."""
+    import tiny
+    import torch
+
+    pipeline = tiny.stable_diffusion_xl()
+    torch.manual_seed(0)
+    pipeline.unet = type(pipeline.unet)(
+        **dict(pipeline.unet.config)
+        | {
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        }
+    )
+    return tiny.save(pipeline, tmp_path_factory.mktemp("models") / "blora")
+
+
+def test_content_of_one_and_style_of_another(like_sdxl, tmp_path, capsys):
+    from safetensors.torch import load_file
+
+    _, dog = trained(like_sdxl, tmp_path / "dog", lora_unet_blocks=["content", "style"])
+    _, ink = trained(like_sdxl, tmp_path / "ink", seed=100, lora_conv_rank=2)
+    base = ["--pretrained_model_name_or_path", like_sdxl, *ONE]
+    (file,) = draw(tmp_path / "out", *base, "--content_lora", dog, "--style_lora", f"{ink}:0.8")
+    parts = {}
+    for folder, block, scale in ((dog, "up_blocks.0.attentions.0.", 1.0), (ink, "up_blocks.0.attentions.1.", 0.8)):
+        for key, weight in load_file(folder / saved.LORA_FILE).items():
+            if key.startswith(f"unet.{block}"):
+                parts[key] = weight * (scale if ".up." in key else 1.0)
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(like_sdxl, add_watermarker=False)
+    before = stock_image(pipeline)
+    pipeline.load_lora_weights(parts)
+    assert np.abs(pixels(file) - stock_image(pipeline)).max() <= 1
+    assert np.abs(pixels(file) - before).max() > 1
+    assert json.loads(Image.open(file).text["settings"])["lora"] == ["dog:1 (content)", "ink:0.8 (style)"]
+    _, mid = trained(like_sdxl, tmp_path / "mid", lora_unet_blocks=["mid_block"])
+    assert "holds nothing of up_blocks.0.attentions.1" in refused(capsys, *base, "--style_lora", mid)
+    assert "--content_lora none does not exist" in refused(capsys, *base, "--content_lora", "none")
+
+
+def test_the_refiner_goes_on_where_the_base_stops(sdxl, tmp_path, capsys):
+    import tiny
+    import torch
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+
+    donor = tiny.stable_diffusion_xl(seed=9)
+    unet = tiny.unet(
+        24,
+        linear_projection=True,
+        transformer_layers_per_block=(1, 2),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=5 * 8 + 20,  # as the published one: an aesthetic score, no target size
+    )
+    StableDiffusionXLImg2ImgPipeline(
+        vae=donor.vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=donor.text_encoder_2,
+        tokenizer_2=donor.tokenizer_2,
+        unet=unet,
+        scheduler=donor.scheduler,
+        requires_aesthetics_score=True,
+        add_watermarker=False,
+    ).save_pretrained(tmp_path / "refiner")
+    base = ["--pretrained_model_name_or_path", sdxl, "--prompt", "a photo of dog", "--num_inference_steps", 5]
+    base += ["--num_images", 2, "--width", 64, "--height", 64, "--grid", "no"]
+    files = draw(tmp_path / "out", *base, "--refiner", tmp_path / "refiner", "--refiner_start", 0.6)
+    plain = draw(tmp_path / "plain", *base)
+
+    first = StableDiffusionXLPipeline.from_pretrained(sdxl, add_watermarker=False)
+    second = StableDiffusionXLImg2ImgPipeline.from_pretrained(
+        tmp_path / "refiner", vae=first.vae, text_encoder_2=first.text_encoder_2, add_watermarker=False
+    )
+    for pipeline in (first, second):
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    told = {"prompt": "a photo of dog", "num_inference_steps": 5, "guidance_scale": 7.5}
+    for k, file in enumerate(files):
+        generator = torch.Generator().manual_seed(k)
+        latents = first(
+            **told, height=64, width=64, generator=generator, denoising_end=0.6, output_type="latent"
+        ).images
+        generator = torch.Generator().manual_seed(k)
+        image = second(**told, image=latents, generator=generator, denoising_start=0.6).images[0]
+        assert np.abs(pixels(file) - np.asarray(image).astype(int)).max() <= 1
+        assert np.abs(pixels(file) - pixels(plain[k])).max() > 3
+    assert json.loads(Image.open(files[0]).text["settings"])["refiner_start"] == 0.6
+    assert "is no SDXL refiner" in refused(capsys, *base, "--refiner", sdxl)
+
+
+def test_the_vae_can_be_another(sd1, base_images, tmp_path):
+    import tiny
+    import torch
+
+    torch.manual_seed(5)
+    tiny.vae().save_pretrained(tmp_path / "vae")
+    base = ["--pretrained_model_name_or_path", sd1, "--prompt", "a photo of dog", *FAST]
+    files = draw(tmp_path / "out", *base, "--pretrained_vae_model_name_or_path", tmp_path / "vae")
+    assert np.abs(pixels(files[0]) - pixels(base_images[0])).max() > 3

@@ -388,26 +388,42 @@ def test_disk(parse, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["--use_dora", "--rank=3"], ["--lora_target_modules=to_q,conv1"], ["--train_text_encoder"]],
+    [
+        "",
+        "--use_dora --rank=3 --lora_conv_rank=2",
+        "--lora_target_modules=to_q,conv1,k_proj --train_text_encoder",
+        "--train_text_encoder --lora_unet_blocks=up_blocks.1.attentions.0",
+        "--adapter=loha --rank=2 --lora_conv_rank=3 --train_text_encoder",
+        "--adapter=lokr --rank=2 --lora_conv_rank=1",
+        "--adapter=lokr --rank=1 --lokr_factor=2",
+    ],
 )
 def test_planned_parameters_are_those_that_learn(parse, sd1, words):
-    import diffusers
-    import peft
-    import transformers
+    import torch
 
-    args = parse(*words)
+    from utils import adapters, arguments, models
+
+    args = parse(*words.split())
     said = plan.outline(args, Path(sd1), photos=3)
-    unet = diffusers.UNet2DConditionModel.from_pretrained(sd1, subfolder="unet")
-    assert said.networks["unet"] == sum(weight.numel() for weight in unet.parameters())
-    networks = {"unet": unet}
-    if args.train_text_encoder:
-        networks["text_encoder"] = transformers.CLIPTextModel.from_pretrained(sd1, subfolder="text_encoder")
-    for name, network in networks.items():
-        targets = args.lora_target_modules or list(plan.LORA_TARGETS[name])
-        network = peft.get_peft_model(
-            network, peft.LoraConfig(r=args.rank, target_modules=targets, use_dora=args.use_dora)
-        )
+    family = models.family_of(str(sd1))
+    family.load("cpu", torch.float32)
+    assert said.networks["unet"] == sum(weight.numel() for weight in family.unet.parameters())
+    more = {
+        "targets": args.lora_target_modules,
+        "dora": args.use_dora,
+        "text_encoder": args.train_text_encoder,
+        "seed": 0,
+    }
+    learns = arguments.caller(args)(adapters.attach, family, **more)
+    for name, network in learns.modules.items():
         assert said.learns[name] == sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
+
+
+def test_layers_that_the_model_lacks_are_named_before_anything_is_loaded(parse, capsys):
+    said = refused(capsys, parse("--lora_target_modules=to_x,to_q", "--lora_unet_blocks=up_blocks.2,up_blocks.1"))
+    assert len(said) == 2
+    assert "--lora_target_modules to_x" in said[0] and "did you mean to_" in said[0]
+    assert "--lora_unet_blocks up_blocks.2" in said[1] and "did you mean up_blocks." in said[1]
 
 
 def test_planned_length(parse, sd1, monkeypatch):

@@ -33,7 +33,7 @@ def card(
     *,
     base_model: str,
     kind: str,  # "dreambooth" or "text-to-image"
-    adapters: str | None = None,  # "lora" or "dora"; None when whole networks learned
+    adapters: str | None = None,  # "lora", "dora", "loha" or "lokr"; None when whole networks learned
     family: str = "stable-diffusion",
     prompt: str | Sequence[str | None] | None = None,  # the instance prompt, or those of several subjects
     dataset: str | None = None,
@@ -64,7 +64,8 @@ def card(
         inference=True,
         **more,
     )
-    what = {"lora": "LoRA adapters for", "dora": "DoRA adapters for"}.get(adapters, "A fine-tuned version of")
+    kinds = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}
+    what = f"{kinds[adapters]} adapters for" if adapters else "A fine-tuned version of"
     several = f"{len(prompts)} subjects" if len(prompts) > 1 else "one subject"
     how = f"taught {several} with DreamBooth" if kind == "dreambooth" else "trained on captioned images"
     parts = [f"# {escape(name)}", f"{what} {code(base_model)}, {how}."]
@@ -223,6 +224,11 @@ def _loading(name: str, base_model: str, adapters: str | None, prompt: str) -> s
     def literal(value):  # a Python string that cannot close the code block
         return json.dumps(value).replace("`", "\\u0060")
 
+    if adapters in ("loha", "lokr"):
+        return (
+            "Stock diffusers does not load adapters of this kind. ComfyUI and A1111 do, and so does the suite that they"
+            f" come from:\n\n```bash\npython infer.py --lora {literal(name)} --prompt {literal(prompt)}\n```"
+        )
     lines = [
         "```python",
         "import torch",

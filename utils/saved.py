@@ -21,6 +21,7 @@ class Lora:
     given: str  # as the user wrote it, without the scale
     file: Path
     scale: float
+    part: str = ""  # content or style: only that block of a B-LoRA
 
 
 @dataclass
@@ -32,11 +33,13 @@ class Base:
     prediction_type: str | None = None
 
 
-def lora(text: str, wrong: list) -> Lora | None:
+def lora(text: str, wrong: list, option: str = "--lora", part: str = "") -> Lora | None:
     """`PATH[:SCALE]` -> the file that holds the adapters; a complaint is added to `wrong` when there is none."""
     path, scale = split_scale(text)
-    file = lora_file(path, wrong)
-    return Lora(path, file, scale) if file else None
+    complaints = []
+    file = lora_file(path, complaints)
+    wrong += [complaint.replace("--lora", option, 1) for complaint in complaints]
+    return Lora(path, file, scale, part) if file else None
 
 
 def split_scale(text: str) -> tuple[str, float]:
@@ -135,9 +138,13 @@ def averaged_lora(file: Path, folder: str) -> Path:
     found = averages(file.parent)
     if found is None:
         return file
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
-    save_file(found, str(Path(folder, LORA_FILE)), metadata=header(file).get("__metadata__"))
+    whole = load_file(file)
+    for key, average in found.items():
+        # The file holds more than what learns: alphas, and beside some weights the start that is taken away.
+        whole[key][tuple(slice(size) for size in average.shape)] = average
+    save_file(whole, str(Path(folder, LORA_FILE)), metadata=header(file).get("__metadata__"))
     return Path(folder, LORA_FILE)
 
 

@@ -32,6 +32,7 @@ __all__ = ["caller", "defaults", "identity", "new_parser", "parse", "public", "s
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "sgd", "lion")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact")
+STARTS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")
 
 ALLOW_PICKLE = "also read weights that are no safetensors (.bin), if they hold nothing but tensors"
@@ -164,16 +165,28 @@ def add_text_encoder(
     add("text_encoder_use_attention_mask", flag, False, "DeepFloyd IF only")
 
 
-def add_lora(parser: argparse.ArgumentParser, rank: int = 4, kohya: bool = False) -> None:
+def add_lora(parser: argparse.ArgumentParser, rank: int = 4) -> None:
     add = group(parser, "Adapters")
-    add("rank", whole(1), rank, "inner size of the LoRA matrices")
+    help = "lora; loha and lokr, which stock diffusers does not load (infer.py, ComfyUI, A1111 do)"
+    add("adapter", choice("lora", "loha", "lokr"), "lora", help)
+    add("rank", whole(1), rank, "inner size of the adapters' matrices")
     add("lora_alpha", number(above=0), None, "adapters act with strength alpha / rank", unset="--rank")
     add("lora_dropout", number(0, below=1), 0.0, "dropout before the adapters")
     add("use_dora", flag, False, "DoRA: learn magnitude and direction apart (https://arxiv.org/abs/2402.09353)")
-    help = "layers of the UNet that get adapters, by the end of their names"
+    add("use_rslora", flag, False, "strength alpha / sqrt(rank), for large ranks (https://arxiv.org/abs/2312.03732)")
+    add("lokr_factor", whole(2), None, "LoKr: size of the smaller factor", unset="near the square root")
+    help = "what LoRA starts from; pissa and olora from the base's largest part, which they train instead of beside it"
+    add("init_lora_weights", choice(*STARTS), "gaussian", help)
+    help = "LoRA+: how much faster B learns than A (https://arxiv.org/abs/2402.12354); 16 is usual"
+    add("loraplus_lr_ratio", number(1), None, help)
+    help = "layers that get adapters, by the end of their names"
     add("lora_target_modules", text, None, help, many=True, unset="the attention projections")
-    if kohya:
-        add("output_kohya_format", flag, False, "also write a file for AUTOMATIC1111, ComfyUI, kohya (not yet)")
+    add("lora_conv_rank", whole(1), None, "the UNet's convolutions get adapters too, of this rank")
+    help = "only these parts of the UNet, e.g. up_blocks.0.attentions.1; content and style are B-LoRA's of SDXL"
+    add("lora_unet_blocks", text, None, help, many=True, unset="all of it")
+    help = "B-LoRA (https://arxiv.org/abs/2403.14572), for SDXL: the same as --lora_unet_blocks content style"
+    add("use_blora", flag, False, help)
+    add("output_kohya_format", flag, False, "also write a file for AUTOMATIC1111, ComfyUI, kohya")
 
 
 def add_length(parser: argparse.ArgumentParser, train_batch_size: int = 4, num_train_epochs: int = 1) -> None:

@@ -12,9 +12,12 @@ MULTIPLE = 8  # pixels: the autoencoder's downscaling
 DEFAULT_OFFSET = 0.1  # what --offset_noise stands for
 IF_ONLY = ("tokenizer_max_length", "text_encoder_use_attention_mask", "class_labels_conditioning", "validation_images")
 
+# What --adapter loha and lokr have no use for, and the value that means it is not asked for.
+LORA_ONLY = {"use_dora": False, "use_rslora": False, "lora_dropout": 0, "init_lora_weights": "gaussian"}
+LORA_ONLY |= {"loraplus_lr_ratio": None}
+
 NOT_YET = {  # options that users of other scripts know, and what they would get instead
     "do_edm_style_training": "noise as in EDM",
-    "output_kohya_format": "the second file, for AUTOMATIC1111, ComfyUI and kohya",
 }
 
 # accelerate's names for them are variables that its launcher sets.
@@ -27,6 +30,7 @@ NEEDS = {
     "num_class_images": "with_prior_preservation",
     "text_encoder_lr": "train_text_encoder",
     "adam_weight_decay_text_encoder": "train_text_encoder",
+    "lokr_factor": "adapter lokr",
     "dataset_config_name": "dataset_name",
     "ema_decay": "use_ema",
     "unmasked_weight": "masked_loss",
@@ -55,6 +59,7 @@ def check(args: argparse.Namespace, given: dict, defaults: dict, misread: set[st
     _data(args, has, misread, found)
     _masks(args, has, found)
     _text_encoder(has, found)
+    _adapters(args, has, found)
     _optimizer(args, has, given, found)
     _engine(has, found)
     _noise(args, has, given, found)
@@ -147,6 +152,30 @@ def _text_encoder(has, found: Findings) -> None:
         found.complaints.append(
             "--skip_save_text_encoder would throw away what --train_text_encoder learns; leave one out"
         )
+
+
+def _adapters(args, has, found: Findings) -> None:
+    kind, start = has("adapter"), has("init_lora_weights")
+    if kind in ("loha", "lokr"):
+        for name, unset in LORA_ONLY.items():
+            if has(name) not in (unset, None, False):
+                found.complaints.append(f"--{name} with --adapter {kind}: it is made for LoRA; leave one of them out")
+    if start in ("pissa", "olora"):
+        for name, why in (
+            ("use_dora", "DoRA's lengths belong to one adapter, and these starts need two"),
+            ("lora_dropout", "it would drop parts of the base itself"),
+        ):
+            if has(name):
+                found.complaints.append(f"--init_lora_weights {start} with --{name}: {why}; leave one of them out")
+    if start == "orthogonal" and any(rank and rank % 2 for rank in (has("rank"), has("lora_conv_rank"))):
+        found.complaints.append("--init_lora_weights orthogonal needs even ranks: A and B take half each")
+    if has("loraplus_lr_ratio") and has("optimizer") == "prodigy":
+        found.complaints.append("--loraplus_lr_ratio with --optimizer prodigy, which has one step size for all weights")
+    if has("use_blora"):
+        if has("lora_unet_blocks"):
+            found.complaints.append("--use_blora means --lora_unet_blocks content style; leave one of them out")
+        args.lora_unet_blocks = ["content", "style"]
+    vars(args).pop("use_blora", None)
 
 
 def _optimizer(args, has, given: dict, found: Findings) -> None:

@@ -21,7 +21,15 @@ FINISHED = ("model_index.json", "pytorch_lora_weights.safetensors")  # written l
 RESULTS = ("metrics.jsonl", "unet", *FINISHED)
 # What --overwrite_output_dir removes beside them.
 RUN_FILES = (*RESULTS, "training_config.yaml", "report.html", "samples", "README.md", "preview", "data_preview.png")
-RUN_FILES += ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+RUN_FILES += (
+    "pytorch_lora_weights_kohya.safetensors",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "scheduler",
+)
 CHECKPOINT = re.compile(r"checkpoint-\d+|\.tmp-checkpoint-.+")
 
 
@@ -43,7 +51,7 @@ def check(args: argparse.Namespace) -> list[Path]:
     _output(args, problems)
     _separate(args, problems)
     model, problem = model_folder.find(args)
-    problems.options += [*([problem] if problem else []), *model_folder.elsewhere(args)]
+    problems.options += [*([problem] if problem else plan.unknown_layers(args, model)), *model_folder.elsewhere(args)]
     # A branch moves; what a run records must name for ever what it was trained on.
     args.revision = model_folder.commit(model) or args.revision
     found = photos.look(args, problems)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils import buckets
+from utils import buckets, targets
 
 # A stored network: its optional variant (fp16) and shard number stand between name and ending.
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.safetensors")
@@ -55,9 +55,8 @@ def outline(
         plan.networks = {}
         return plan
     adapters = "rank" in args
-    encoders = [name for name in plan.networks if name.startswith("text_encoder")] if args.train_text_encoder else []
-    for name in ["unet", *encoders]:
-        plan.learns[name] = _adapter_size(stored[name], name, args) if adapters else plan.networks.get(name, 0)
+    learning = {name: stored[name] for name in _adapted(args, plan.networks)}
+    plan.learns = _adapter_sizes(learning, args) if adapters else {name: plan.networks[name] for name in learning}
     _memory_and_disk(plan, args, adapters)
     return plan
 
@@ -111,20 +110,62 @@ def _length(plan: Plan, args, photos: int | None, class_images: int, in_buckets:
         plan.checkpoints = min(max(1, plan.steps // every), args.checkpoints_total_limit or plan.steps)
 
 
-def _adapter_size(stored: dict, name: str, args) -> int:
-    given = _matching(stored, args.lora_target_modules, args)
-    return given or _matching(stored, LORA_TARGETS[name], args)  # names that fit the other network leave this one alone
+def unknown_layers(args: argparse.Namespace, model: Path | None) -> list[str]:
+    """Complaints about --lora_target_modules and --lora_unet_blocks, before class images are drawn."""
+    if not model or "rank" not in args:
+        return []
+    stored = {name: shapes(model / name, args.variant) for name in _adapted(args, NETWORKS)}
+    return _chosen(stored, args)[2] if stored["unet"] else []
 
 
-def _matching(stored: dict, targets, args) -> int:
-    """Parameters of the adapters beside all layers whose names end in one of `targets`."""
-    total = 0
+def _adapted(args, networks) -> list[str]:
+    return [name for name in networks if name == "unet" or (args.train_text_encoder and name.startswith("text"))]
+
+
+def _chosen(stored: dict, args) -> tuple:
+    layers = {network: [layer for layer, _ in _layers(weights)] for network, weights in stored.items() if weights}
+    blocks, conv = args.lora_unet_blocks, bool(args.lora_conv_rank)
+    return targets.choose(layers, LORA_TARGETS, args.lora_target_modules, blocks, conv)
+
+
+def _layers(stored: dict):
+    """Linear and convolution layers among the weights of a network, with their shapes."""
     for weight, shape in stored.items():
         layer = weight.removesuffix(".weight")
-        if layer != weight and len(shape) > 1 and any(layer == t or layer.endswith(f".{t}") for t in targets):
-            outputs, inputs = shape[0], math.prod(shape[1:])
-            total += args.rank * (inputs + outputs) + (outputs if args.use_dora else 0)
-    return total
+        if layer != weight and len(shape) > 1 and not layer.endswith("embedding"):
+            yield layer, shape
+
+
+def _adapter_sizes(stored: dict, args) -> dict[str, int]:
+    """Parameters of the adapters in each network."""
+    chosen, convolutions, _ = _chosen(stored, args)
+    sizes = {}
+    for network, ends in chosen.items():
+        sizes[network] = 0
+        for layer, shape in _layers(stored[network]):
+            if any(targets.ends(layer, end) for end in ends):
+                odd = network == "unet" and any(targets.ends(layer, end) for end in convolutions)
+                rank = args.lora_conv_rank if odd else args.rank
+                sizes[network] += _adapter_size(shape, rank, args)
+    return sizes
+
+
+def _adapter_size(shape: tuple[int, ...], rank: int, args) -> int:
+    outputs, inputs, kernel = shape[0], shape[1], math.prod(shape[2:])
+    if args.adapter == "lokr":  # two factors; the larger one in two halves where they are smaller
+        first, second = (_factor(size, args.lokr_factor) for size in (outputs, inputs))
+        rows, columns = outputs // first, inputs // second
+        halved = rank < max(rows, columns) / 2
+        return first * second + (rank * (rows + columns * kernel) if halved else rows * columns * kernel)
+    size = rank * (outputs + inputs * kernel)
+    return 2 * size if args.adapter == "loha" else size + (outputs if args.use_dora else 0)
+
+
+def _factor(size: int, wanted: int | None) -> int:
+    if wanted and size % wanted == 0:
+        return min(wanted, size // wanted)
+    limit = min(wanted or size, math.isqrt(size))
+    return max(n for n in range(1, limit + 1) if size % n == 0)
 
 
 def _memory_and_disk(plan: Plan, args, adapters: bool) -> None:
@@ -147,7 +188,8 @@ def _memory_and_disk(plan: Plan, args, adapters: bool) -> None:
 def lines(plan: Plan, args: argparse.Namespace) -> list[str]:
     """The plan as a person reads it."""
     said = [f"model     {args.pretrained_model_name_or_path}: " + (_counts(plan.networks) or "not downloaded yet")]
-    how = f"{'DoRA' if args.use_dora else 'LoRA'} of rank {args.rank}" if "rank" in args else "all weights"
+    kinds = {"lora": "DoRA" if args.use_dora else "LoRA", "loha": "LoHa", "lokr": "LoKr"} if "rank" in args else {}
+    how = f"{kinds[args.adapter]} of rank {args.rank}" if kinds else "all weights"
     said.append(f"learns    {how}" + (f": {_counts(plan.learns)}" if plan.learns else ""))
     if plan.examples:
         pixels = f"{args.resolution} px" if args.resolution else "the model's own size"

@@ -1,0 +1,141 @@
+"""Adapters into weights and back, and the commands of `python -m utils.adapters`."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_formats import drawn, loaded, stock, trained
+
+from utils import adapters
+from utils.adapters import __main__ as command
+from utils.adapters import files
+
+KINDS = {
+    "lora": {"rank": 2, "alpha": 3, "lora_conv_rank": 1},
+    "dora": {"rank": 2, "alpha": 3, "lora_conv_rank": 1, "dora": True},
+    "loha": {"rank": 2, "alpha": 3, "lora_conv_rank": 3, "adapter": "loha"},
+    "lokr": {"rank": 1, "alpha": 3, "lora_conv_rank": 3, "adapter": "lokr"},
+}
+
+
+def run(*words) -> None:
+    assert command.main([*map(str, words)]) == 0
+
+
+def refused(capsys, *words) -> str:
+    with pytest.raises(SystemExit) as stop:
+        command.main([*map(str, words)])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_pipeline_draws_what_base_and_adapters_draw(model, kind, request, tmp_path):
+    folder = request.getfixturevalue(model)
+    family = loaded(folder)
+    base = drawn(family.pipeline())
+    trained(family, text_encoder=True, **KINDS[kind]).save(tmp_path / "dog")
+    ours = drawn(family.pipeline())
+    run("merge", folder, tmp_path / "dog", "--output_dir", tmp_path / "merged")
+    assert abs(ours - base).max() > 0.05
+    assert abs(drawn(stock(tmp_path / "merged")) - ours).max() < 1e-3
+
+
+def test_several_are_merged_at_their_scales_as_diffusers_adds_them(sd1, tmp_path):
+    trained(loaded(sd1), rank=2).save(tmp_path / "one")
+    trained(loaded(sd1), rank=3, dora=True, targets="to_q,conv1").save(tmp_path / "two")
+    run("merge", sd1, f"{tmp_path / 'one'}:0.5", f"{tmp_path / 'two'}:0.7", "--output_dir", tmp_path / "merged")
+    pipeline = stock(sd1)
+    for name in ("one", "two"):
+        pipeline.load_lora_weights(tmp_path / name, adapter_name=name)
+    pipeline.set_adapters(["one", "two"], [0.5, 0.7])
+    assert abs(drawn(stock(tmp_path / "merged")) - drawn(pipeline)).max() < 1e-3
+
+
+@pytest.mark.parametrize("model", ["sd1", "sdxl"])
+def test_what_was_merged_is_extracted_again(model, request, tmp_path, capsys):
+    folder = request.getfixturevalue(model)
+    family = loaded(folder)
+    trained(family, rank=2, lora_conv_rank=2, text_encoder=True).save(tmp_path / "dog")
+    ours = drawn(family.pipeline())
+    run("merge", folder, tmp_path / "dog", "--output_dir", tmp_path / "merged")
+    run("extract", folder, tmp_path / "merged", tmp_path / "again", "--rank", "2")
+    assert "unet: " in capsys.readouterr().out
+    pipeline = stock(folder)
+    pipeline.load_lora_weights(tmp_path / "again")
+    assert abs(drawn(pipeline) - ours).max() < 1e-3
+    assert load_file(tmp_path / "dog" / adapters.FILE).keys() == load_file(tmp_path / "again" / adapters.FILE).keys()
+    run("extract", folder, tmp_path / "merged", tmp_path / "less", "--rank", "1")
+    assert 20 < float(capsys.readouterr().out.split("layers, ")[1].split(" %")[0]) < 99
+
+
+def test_there_and_back_again(sdxl, tmp_path):
+    trained(loaded(sdxl), rank=2, alpha=3, text_encoder=True).save(tmp_path / "dog")
+    run("export", tmp_path / "dog", tmp_path / "kohya.safetensors")
+    run("import", tmp_path / "kohya.safetensors", tmp_path / "back")
+    first, again = (files.read(tmp_path / name / adapters.FILE)[0] for name in ("dog", "back"))
+    for network, layers in first.items():
+        assert layers.keys() == again[network].keys()
+        for layer, parts in layers.items():
+            assert parts["alpha"] == again[network][layer]["alpha"]
+            assert all(torch.equal(parts[part], again[network][layer][part]) for part in ("down", "up"))
+    run("export", tmp_path / "dog", tmp_path / "half.safetensors", "--dtype", "fp16")
+    assert {weight.dtype for weight in load_file(tmp_path / "half.safetensors").values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_peft_reads_its_folders(sd1, dora, tmp_path):
+    from peft import PeftModel
+
+    family = loaded(sd1)
+    trained(family, rank=2, alpha=3, lora_conv_rank=3, text_encoder=True, dora=dora).save(tmp_path / "dog")
+    ours = drawn(family.pipeline())
+    run("export", tmp_path / "dog", tmp_path / "peft", "--format", "peft")
+    pipeline = stock(sd1)
+    for name in ("unet", "text_encoder"):
+        setattr(
+            pipeline,
+            name,
+            PeftModel.from_pretrained(getattr(pipeline, name), tmp_path / "peft" / name).merge_and_unload(),
+        )
+    assert abs(drawn(pipeline) - ours).max() < 1e-3
+
+
+def test_what_cannot_be_is_refused(sd1, sd2, sdxl, tmp_path, capsys):
+    trained(loaded(sd1), rank=2, text_encoder=True).save(tmp_path / "dog")
+    trained(loaded(sd1), adapter="loha", rank=2).save(tmp_path / "loha")
+    assert "does not exist" in refused(capsys, "export", tmp_path / "none", tmp_path / "x.safetensors")
+    assert ".safetensors" in refused(capsys, "export", tmp_path / "dog", tmp_path / "x.bin")
+    assert "LoHa and LoKr" in refused(capsys, "import", tmp_path / "loha", tmp_path / "x")
+    assert "exists" in refused(capsys, "merge", sd1, tmp_path / "dog", "--output_dir", tmp_path / "dog")
+    for model in (sd2, sdxl):
+        said = refused(capsys, "merge", model, tmp_path / "dog", "--output_dir", tmp_path / "out")
+        assert "another" in said and not (tmp_path / "out").exists()
+    assert "nothing to extract" in refused(capsys, "extract", sd1, sd1, tmp_path / "out")
+    assert "no difference" in refused(capsys, "extract", sd1, sdxl, tmp_path / "out")
+
+
+def test_lengths_measured_by_input_are_refused(sd1, tmp_path, capsys):
+    """Older LyCORIS files: read as if measured by output they would draw something else without a word."""
+    trained(loaded(sd1), rank=2, dora=True).save(tmp_path, output_kohya_format=True)
+    weights = load_file(tmp_path / adapters.KOHYA_FILE)
+    turned = {key: w.T if key.endswith("dora_scale") else w for key, w in weights.items()}
+    files.save(turned, tmp_path / "old.safetensors", {})
+    with pytest.raises(SystemExit):
+        files.read(tmp_path / "old.safetensors")
+    assert "by input" in capsys.readouterr().err
+
+
+def test_a_file_that_says_nothing_of_alpha_counts_as_it_stands(sd1, tmp_path):
+    trained(loaded(sd1), rank=2, alpha=3).save(tmp_path)
+    weights = load_file(tmp_path / adapters.FILE)
+    files.save(weights, tmp_path / "bare.safetensors", {})
+    found, _ = files.read(tmp_path / "bare.safetensors")
+    assert {files.strength(parts) for parts in found["unet"].values()} == {1.0}
+    config = {"unet.lora_alpha": 3, "unet.use_rslora": True, "unet.alpha_pattern": {"to_q": 5}}
+    files.save(weights, tmp_path / "rs.safetensors", {files.METADATA: json.dumps(config)})
+    found, _ = files.read(tmp_path / "rs.safetensors")
+    got = {layer.split(".")[-1]: files.strength(parts) for layer, parts in found["unet"].items()}
+    assert got["to_q"] == pytest.approx(5 / 2**0.5) and got["to_k"] == pytest.approx(3 / 2**0.5)

@@ -1,0 +1,150 @@
+"""Adapter files, converted, merged into a model, and taken out of one.
+
+python -m utils.adapters export runs/dog dog_kohya.safetensors              for A1111, ComfyUI, kohya
+python -m utils.adapters export runs/dog dog_peft --format peft             a folder a network, for PEFT
+python -m utils.adapters import found.safetensors dog                       from kohya's naming to diffusers'
+python -m utils.adapters merge MODEL runs/dog:0.8 ink.safetensors --output_dir merged
+python -m utils.adapters extract MODEL runs/dog-full dog.safetensors --rank 16
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from utils import errors, saved
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m utils.adapters", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    kinds = parser.add_subparsers(dest="what", required=True)
+    for what, help in (("export", "to another program's naming"), ("import", "to diffusers' naming")):
+        one = kinds.add_parser(what, help=help, allow_abbrev=False)
+        one.add_argument("lora", help="LoRA folder or file")
+        one.add_argument("output", type=Path, help="file to write; a folder for diffusers and peft")
+        formats = ("kohya", "peft", "diffusers") if what == "export" else ("diffusers",)
+        one.add_argument("--format", choices=formats, default=formats[0], help="(default: %(default)s)")
+        one.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="(default: %(default)s)")
+    one = kinds.add_parser("merge", help="a base model and adapters => a whole pipeline", allow_abbrev=False)
+    one.add_argument("model", help="pipeline folder, hub name, or toybox")
+    one.add_argument("lora", nargs="+", metavar="LORA[:SCALE]", help="LoRA folders or files and their strengths")
+    one.add_argument("--output_dir", type=Path, required=True, help="where the pipeline goes; must not exist")
+    one = kinds.add_parser("extract", help="the difference of two pipelines => a LoRA file", allow_abbrev=False)
+    one.add_argument("model", help="the base: pipeline folder, hub name, or toybox")
+    one.add_argument("tuned", help="the fine-tuned pipeline")
+    one.add_argument("output", type=Path, help="folder to write to")
+    one.add_argument("--rank", type=_at_least_one, default=16, help="(default: %(default)s)")
+    one.add_argument("--conv_rank", type=_at_least_one, help="rank of 3 x 3 convolutions (default: --rank)")
+    args = parser.parse_args(argv)
+    {"export": convert, "import": convert, "merge": merge, "extract": extract}[args.what](args)
+    return 0
+
+
+def _at_least_one(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
+def find(names: list[str]) -> list[saved.Lora]:
+    wrong = []
+    loras = [saved.lora(name, wrong) for name in names]
+    if wrong:
+        errors.refuse([complaint.removeprefix("--lora ") for complaint in wrong])
+    return loras
+
+
+def refuse_existing(path: Path) -> None:
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        errors.refuse(f"{path} exists; name another, or remove it")
+
+
+def convert(args) -> None:
+    import torch
+
+    from utils.adapters import FILE, files
+
+    (lora,) = find([args.lora])
+    folder = args.format != "kohya"
+    target = args.output / FILE if args.format == "diffusers" else args.output
+    if not folder and target.suffix != ".safetensors":
+        errors.refuse(f"{target}: the file must be called .safetensors")
+    refuse_existing(target)
+    found, header = files.read(lora.file)
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
+    header = {"format": "pt", **{key: value for key, value in header.items() if key != files.METADATA}}
+
+    def narrowed(weights: dict) -> dict:
+        return {key: weight.to(dtype) for key, weight in weights.items()}
+
+    if args.format == "kohya":
+        files.save(narrowed(files.kohya(found)), target, header)
+    elif args.format == "diffusers":
+        weights, config = files.diffusers(found)
+        files.save(narrowed(weights), target, header | {files.METADATA: json.dumps(config, indent=2, sort_keys=True)})
+    else:
+        for network, (weights, config) in files.peft(found).items():
+            files.save(narrowed(weights), target / network / "adapter_model.safetensors", {"format": "pt"})
+            (target / network / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    print(f"{target}: {sum(map(len, found.values()))} layers of {', '.join(found)}")
+
+
+def load(name: str, parts=None):
+    import torch
+
+    from utils import models
+    from utils.runtime import startup
+
+    startup.quiet()
+    family = models.family_of(name)
+    family.load("cpu", torch.float32, parts=parts)
+    return family
+
+
+def merge(args) -> None:
+    from utils.adapters import files, merging
+
+    loras = find(args.lora)
+    refuse_existing(args.output_dir)
+    adapters = [(files.read(lora.file)[0], lora.scale) for lora in loras]
+    touched = {network for found, _ in adapters for network in found}
+    family = load(args.model, parts=[])
+    if strange := touched - set(family.names):
+        errors.refuse(
+            f"{args.model} has no {', '.join(sorted(strange))}: what is to be merged belongs to another family"
+        )
+    modules = {name: family.load_module(name, family.dtype) for name in family.names if name in touched}
+    merging.merge(modules, adapters, ", ".join(args.lora))
+    for module in modules.values():
+        module.requires_grad_(True)  # as after training: these are saved, the others are copied from the base
+    family.save_pipeline(args.output_dir)
+    print(f"{args.output_dir}: {args.model} with {', '.join(f'{lora.given} at {lora.scale:g}' for lora in loras)}")
+
+
+def extract(args) -> None:
+    from utils.adapters import FILE, describe_base, files, merging
+
+    target = args.output / FILE
+    refuse_existing(target)
+    base, tuned = load(args.model, parts=["unet"]), load(args.tuned, parts=["unet"])
+    if base.label != tuned.label:
+        errors.refuse(f"{args.model} is a {base.label}, {args.tuned} a {tuned.label}: they have no difference")
+    found = {}
+    header = {"format": "pt", **describe_base(base)}
+    for network in ("unet", *base.encoders):
+        modules = [getattr(family, network) or family.load_module(network, family.dtype) for family in (base, tuned)]
+        layers, share = merging.extract(network, *modules, args.rank, args.conv_rank)
+        for family in (base, tuned):
+            setattr(family, network, None)  # one pair in memory at a time
+        if layers:
+            found[network] = layers
+            print(f"{network}: {len(layers)} layers, {100 * share:.1f} % of their squared change")
+    if not found:
+        errors.refuse(f"{args.tuned} has the same weights as {args.model}: there is nothing to extract")
+    weights, config = files.diffusers(found)
+    files.save(weights, target, header | {files.METADATA: json.dumps(config, indent=2, sort_keys=True)})
+    print(f"{target}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

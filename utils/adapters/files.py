@@ -1,0 +1,293 @@
+"""Files of adapters in the three namings there are: diffusers', PEFT's, and that of kohya, A1111, ComfyUI, LyCORIS.
+
+A file is read into {network: {layer: parts}}, whatever its naming. The parts of a layer are `down` and `up` (and
+`magnitude`, for DoRA), or LoHa's hada_w1_a, ..., or LoKr's lokr_w1, ...; and `alpha`, a number: the layer's change
+counts alpha / rank. Layers are called as in diffusers; those of text encoders begin with text_model, although
+transformers 5 dropped that level inside CLIPTextModel, because every other program reads them so.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from utils import errors
+
+METADATA = "lora_adapter_metadata"  # where diffusers looks for rank and alpha in the file's header
+PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}  # kohya's, for SDXL
+NETWORKS = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2"}
+
+DIFFUSERS = re.compile(
+    r"(unet|text_encoder|text_encoder_2)\.(?:base_model\.model\.)?(.+?)\."
+    r"(lora\.down|lora\.up|lora_linear_layer\.down|lora_linear_layer\.up|lora_A|lora_B|lora_magnitude_vector)"
+    r"(?:\.weight)?"
+)
+PARTS = {"down": "down", "up": "up", "lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "magnitude"}
+KOHYA = re.compile(r"(lora_unet|lora_te1|lora_te2|lora_te)_(\w+)\.(lora_down\.weight|lora_up\.weight|\w+)")
+KOHYA_PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "dora_scale": "magnitude", "alpha": "alpha"}
+LYCORIS_PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+LYCORIS_PARTS += ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+
+# kohya writes . as _; these parts of names have an underscore of their own.
+COMPOUND = (
+    r"down_blocks up_blocks mid_block transformer_blocks to_q to_k to_v to_out add_k_proj add_v_proj proj_in proj_out"
+    r" time_emb_proj conv_shortcut conv_in conv_out time_embedding add_embedding linear_1 linear_2 cond_proj"
+    r" text_model self_attn q_proj k_proj v_proj out_proj text_projection"
+)
+WORDS = re.compile(rf"(?:{COMPOUND.replace(' ', '|')})(?=_|$)|[^_]+")
+# The names of Stability's own UNet code, in which kohya trains SDXL.
+SGM_RESNET = {
+    "in_layers_2": "conv1",
+    "out_layers_3": "conv2",
+    "emb_layers_1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+}
+SGM_ALONE = {
+    "input_blocks_0_0": "conv_in",
+    "out_2": "conv_out",
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+}
+
+
+# --- Reading -----------------------------------------------------------------------------------------------------
+
+
+def read(file: str | Path) -> tuple[dict, dict]:
+    """Any adapter file => ({network: {layer: parts}}, its header); what is not understood is refused."""
+    with safe_open(str(file), framework="pt") as stored:
+        header = stored.metadata() or {}
+        weights = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - not a dict
+    config = json.loads(header.get(METADATA) or "{}")
+    found, strange = {}, []
+    for key, weight in weights.items():
+        network, layer, part = _parse(key)
+        if part is None:
+            strange.append(key)
+        else:
+            found.setdefault(network, {}).setdefault(layer, {})[part] = weight
+    if strange:
+        errors.refuse(f"{file} holds weights that are not understood: {', '.join(sorted(strange)[:3])}")
+    kohya_like = any(map(KOHYA.fullmatch, weights))
+    for network, layers in found.items():
+        own = {key.removeprefix(f"{network}."): v for key, v in config.items() if key.startswith(f"{network}.")}
+        for layer, parts in layers.items():
+            _settle(file, parts, layer, own, kohya_like)
+    return found, header
+
+
+def _parse(key: str) -> tuple:
+    if match := DIFFUSERS.fullmatch(key):
+        network, layer, part = match.groups()
+        return (
+            network,
+            with_text_model(network, layer),
+            PARTS[part.removeprefix("lora.").removeprefix("lora_linear_layer.")],
+        )
+    if match := KOHYA.fullmatch(key):
+        prefix, layer, part = match.groups()
+        part = KOHYA_PARTS.get(part, part if part in LYCORIS_PARTS else None)
+        return NETWORKS[prefix], dotted(from_sgm(layer)), part
+    return None, None, None
+
+
+def is_named_by_diffusers(file: str | Path) -> bool:
+    with safe_open(str(file), framework="pt") as stored:
+        return not any(map(KOHYA.fullmatch, stored.keys()))
+
+
+def is_lycoris(file: str | Path) -> bool:
+    with safe_open(str(file), framework="pt") as stored:
+        return any(key.endswith(LYCORIS_PARTS) for key in stored.keys())  # noqa: SIM118 - not a dict
+
+
+def network_of(key: str) -> str:
+    """The network that a weight of any file belongs to."""
+    match = KOHYA.fullmatch(key)
+    return NETWORKS[match[1]] if match else key.split(".")[0]
+
+
+def _settle(file, parts: dict, layer: str, config: dict, named_by_kohya: bool) -> None:
+    """alpha as a number, whether it stood beside the weights, in the header or nowhere; magnitudes as a vector."""
+    rank = rank_of(parts)
+    if "alpha" in parts:
+        parts["alpha"] = float(parts["alpha"])
+    elif rank and "lora_alpha" in config:
+        alpha = _by_pattern(config.get("alpha_pattern"), layer, config["lora_alpha"])
+        parts["alpha"] = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+    else:
+        parts["alpha"] = rank or 1
+    if "magnitude" in parts:
+        lengths = parts["magnitude"]
+        by_input = parts["up"].shape[0] != (len(lengths) if named_by_kohya else lengths.numel())
+        if by_input:
+            errors.refuse(f"{file}: the DoRA of {layer} measures lengths by input; only those by output are read")
+        parts["magnitude"] = lengths.flatten()
+
+
+def _by_pattern(patterns: dict | None, layer: str, otherwise):
+    return next(
+        (value for name, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({name})", layer)), otherwise
+    )
+
+
+def rank_of(parts: dict) -> int | None:
+    """None for a LoKr of two whole matrices, which has no rank and no alpha."""
+    return next((len(parts[name]) for name in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if name in parts), None)
+
+
+def strength(parts: dict) -> float:
+    rank = rank_of(parts)
+    return parts["alpha"] / rank if rank else 1.0
+
+
+def with_text_model(network: str, layer: str) -> str:
+    if network == "unet" or layer.startswith(("text_model.", "text_projection")):
+        return layer
+    return f"text_model.{layer}"
+
+
+def dotted(name: str) -> str:
+    """down_blocks_0_attentions_0_proj_in => down_blocks.0.attentions.0.proj_in"""
+    return ".".join(WORDS.findall(name))
+
+
+def from_sgm(name: str) -> str:
+    """input_blocks_4_1_proj_in => down_blocks_1_attentions_0_proj_in; other names stay. Blocks of two layers: SDXL."""
+    if name in SGM_ALONE:
+        return SGM_ALONE[name]
+    match = re.fullmatch(r"(input_blocks|middle_block|output_blocks)_(\d+)_(.+)", name)
+    if not match:
+        return name
+    side, number, rest = match[1], int(match[2]), match[3]
+    if side == "middle_block":
+        return (
+            f"mid_block_attentions_0_{rest}" if number == 1 else f"mid_block_resnets_{number // 2}_{SGM_RESNET[rest]}"
+        )
+    number -= side == "input_blocks"
+    place, layer = f"{'down' if side == 'input_blocks' else 'up'}_blocks_{number // 3}", number % 3
+    _, rest = rest.split("_", 1)
+    if rest in SGM_RESNET:
+        return f"{place}_resnets_{layer}_{SGM_RESNET[rest]}"
+    if rest in ("op", "conv"):
+        return f"{place}_{'downsamplers' if rest == 'op' else 'upsamplers'}_0_conv"
+    return f"{place}_attentions_{layer}_{rest}"
+
+
+# --- Writing -----------------------------------------------------------------------------------------------------
+
+
+def kohya(found: dict) -> dict[str, torch.Tensor]:
+    """Weights as kohya, A1111, ComfyUI and LyCORIS name them.
+
+    One alpha for a network: the reader of diffusers mixes up several. The rest of a layer's strength goes into `up`.
+    """
+    weights = {}
+    for network, layers in found.items():
+        alphas = {parts["alpha"] for parts in layers.values()}
+        common = max(alphas)
+        for layer, parts in layers.items():
+            name = kohya_name(network, layer, two_encoders="text_encoder_2" in found)
+            if "down" not in parts:
+                weights |= {f"{name}.{part}": weight for part, weight in parts.items() if part != "alpha"}
+                weights[f"{name}.alpha"] = torch.tensor(float(parts["alpha"]))
+                continue
+            weights[f"{name}.lora_down.weight"] = parts["down"]
+            weights[f"{name}.lora_up.weight"] = parts["up"] * (parts["alpha"] / common)
+            weights[f"{name}.alpha"] = torch.tensor(float(common))
+            if "magnitude" in parts:  # (out, 1) or (out, 1, 1, 1): what one divides by the lengths of the rows
+                weights[f"{name}.dora_scale"] = parts["magnitude"].view(-1, *[1] * (parts["down"].dim() - 1))
+    return weights
+
+
+def kohya_name(network: str, layer: str, two_encoders: bool = False) -> str:
+    prefix = PREFIXES[network] if network != "text_encoder" or two_encoders else "lora_te"
+    return f"{prefix}_{with_text_model(network, layer).replace('.', '_')}"
+
+
+def diffusers(found: dict) -> tuple[dict[str, torch.Tensor], dict]:
+    """Weights as stock `load_lora_weights` reads them, and what its header says of ranks and alphas."""
+    weights, config = {}, {}
+    for network, layers in found.items():
+        need_lora(layers)
+        layer_name = "lora" if network == "unet" else "lora_linear_layer"
+        for layer, parts in layers.items():
+            weights[f"{network}.{layer}.{layer_name}.down.weight"] = parts["down"]
+            weights[f"{network}.{layer}.{layer_name}.up.weight"] = parts["up"]
+            if "magnitude" in parts:
+                ending = "lora_magnitude_vector" if network == "unet" else "lora_magnitude_vector.weight"
+                weights[f"{network}.{layer}.{ending}"] = peft_magnitude(parts)
+        config |= {f"{network}.{key}": value for key, value in peft_config(layers).items()}
+    return weights, config
+
+
+def peft(found: dict) -> dict[str, tuple[dict, dict]]:
+    """{network: (weights, adapter_config.json)} as PEFT's own `from_pretrained` reads them, a folder a network."""
+    folders = {}
+    for network, layers in found.items():
+        need_lora(layers)
+        # PEFT matches names exactly, so here the names are those of transformers 5.
+        named = {
+            layer.removeprefix("text_model.") if network == "text_encoder" else layer: parts
+            for layer, parts in layers.items()
+        }
+        weights = {}
+        for layer, parts in named.items():
+            weights[f"base_model.model.{layer}.lora_A.weight"] = parts["down"]
+            weights[f"base_model.model.{layer}.lora_B.weight"] = parts["up"]
+            if "magnitude" in parts:
+                weights[f"base_model.model.{layer}.lora_magnitude_vector"] = peft_magnitude(parts)
+        folders[network] = weights, {"peft_type": "LORA", "bias": "none", **peft_config(named)}
+    return folders
+
+
+def peft_magnitude(parts: dict) -> torch.Tensor:
+    """PEFT keeps the lengths of a linear layer's rows as (out,), those of a convolution's as (1, out, 1, 1)."""
+    return parts["magnitude"] if parts["down"].dim() == 2 else parts["magnitude"].view(1, -1, 1, 1)
+
+
+def peft_config(layers: dict) -> dict:
+    """The usual rank and alpha, and the layers that have others."""
+    # By the ends of their names, which are the same with and without text_model.
+    layers = {layer.removeprefix("text_model."): parts for layer, parts in layers.items()}
+    ranks = {layer: rank_of(parts) for layer, parts in layers.items()}
+    alphas = {layer: parts["alpha"] for layer, parts in layers.items()}
+    rank, alpha = (Counter(each.values()).most_common(1)[0][0] for each in (ranks, alphas))
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(layers),
+        "use_dora": any("magnitude" in parts for parts in layers.values()),
+        "rank_pattern": {layer: value for layer, value in ranks.items() if value != rank},
+        "alpha_pattern": {layer: value for layer, value in alphas.items() if value != alpha},
+    }
+
+
+def need_lora(layers: dict) -> None:
+    if any("down" not in parts for parts in layers.values()):
+        errors.refuse("LoHa and LoKr have no form that diffusers or PEFT folders read; they stay in kohya's naming")
+
+
+def save(weights: dict[str, torch.Tensor], file: str | Path, header: dict[str, str]) -> None:
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: weight.detach().cpu().contiguous() for key, weight in weights.items()}, str(file), metadata=header)
+
+
+def stock(found: dict) -> dict[str, torch.Tensor]:
+    """Weights for stock `load_lora_weights` in memory, where no header says an alpha: strengths go into `up`."""
+    even = {
+        network: {
+            layer: parts | {"up": parts["up"] * strength(parts), "alpha": rank_of(parts)}
+            for layer, parts in layers.items()
+        }
+        for network, layers in found.items()
+    }
+    return diffusers(even)[0]

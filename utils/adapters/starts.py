@@ -1,0 +1,53 @@
+"""What adapters start from. Every draw depends on the seed and the weight's name only."""
+
+import math
+
+import torch
+
+PRINCIPAL = ("pissa", "olora")
+
+
+def gaussian(shape, generator: torch.Generator) -> torch.Tensor:
+    """Std 1 / rank, as the reference scripts have it."""
+    return torch.randn(shape, generator=generator) / shape[0]
+
+
+def kaiming(shape, generator: torch.Generator) -> torch.Tensor:
+    """Uniform within 1 / sqrt(inputs): PEFT's own default, and that of LyCORIS."""
+    bound = 1 / math.sqrt(math.prod(shape[1:]))
+    return (2 * torch.rand(shape, generator=generator) - 1) * bound
+
+
+def orthogonal(down_shape, up_shape, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Neither half is zero and their product is: A and B live on the two halves of one orthogonal basis."""
+    rank = down_shape[0]
+    basis = torch.linalg.qr(torch.randn(rank, rank, generator=generator))[0]
+    inputs, outputs = math.prod(down_shape[1:]), up_shape[0]
+    down = basis[0::2].T @ torch.randn(rank // 2, inputs, generator=generator) / 10
+    up = torch.randn(outputs, rank // 2, generator=generator) @ basis[1::2] / 10
+    return down.view(down_shape), up.view(up_shape)
+
+
+def principal(weight: torch.Tensor, down_shape, up_shape, strength: float, method: str) -> tuple:
+    """The part of a weight that is to learn. PiSSA, https://arxiv.org/abs/2404.02948: its largest singular values,
+    equation 2; OLoRA, https://arxiv.org/abs/2406.01775: the first directions of its QR decomposition."""
+    rank, flat = down_shape[0], weight.detach().float().flatten(1)  # (out, in)
+    if method == "pissa":
+        left, values, right = torch.linalg.svd(flat, full_matrices=False)
+        root = (values[:rank] / strength).sqrt()
+        up, down = left[:, :rank] * root, root[:, None] * right[:rank]
+    else:
+        basis, rest = torch.linalg.qr(flat)
+        up, down = basis[:, :rank] / strength, rest[:rank]
+    short = rank - len(down)  # a layer with fewer inputs or outputs than the rank
+    up, down = torch.nn.functional.pad(up, (0, short)), torch.nn.functional.pad(down, (0, 0, 0, short))
+    return down.reshape(down_shape).contiguous(), up.reshape(up_shape).contiguous()
+
+
+def lycoris(part: str, shape, generator: torch.Generator) -> torch.Tensor:
+    """As LyCORIS starts LoHa and LoKr: one factor is zero, so the product is."""
+    if part in ("hada_w2_a", "lokr_w2", "lokr_w2_b"):
+        return torch.zeros(shape)
+    if part.startswith("hada"):
+        return torch.randn(shape, generator=generator) * (0.1 if part == "hada_w1_a" else 1.0)
+    return kaiming(shape, generator)
