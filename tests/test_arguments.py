@@ -373,3 +373,15 @@ def test_every_option_is_used_somewhere(script):
     required += ["--train_data_dir", "d"] if "text_to_image" in script else subject
     unused = {name for name in vars(program.parse_args(required)) if not re.search(rf"\b{name}\b", told)}
     assert unused <= WITHOUT_EFFECT
+
+
+def test_defaults_stand_beside_the_settings():
+    """Settled like the settings, so that the report calls nothing chosen that nobody chose."""
+    args = parse("--rank=8", "--lr_scheduler=cosine", "--max_train_steps=100")
+    found = arguments.defaults(args)
+    assert "defaults" not in vars(args) and found.keys() == vars(args).keys()
+    differ = {name for name, value in vars(args).items() if value != found[name]}
+    assert differ - {"concepts"} == {  # concepts are what the photos' options say, in one table
+        "pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "rank", "lr_scheduler",
+        "max_train_steps", "lr_warmup_steps",
+    }  # fmt: skip

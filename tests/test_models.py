@@ -367,3 +367,13 @@ def test_frozen_parts_are_saved_in_full_precision_after_half_precision_training(
         saved, base = (load_file(folder / f"{part}.safetensors") for folder in (tmp_path, sd1))
         assert saved.keys() == base.keys()
         assert all(torch.equal(saved[key], base[key]) for key in base)
+
+
+def test_another_tokenizer_from_its_folder_or_a_pipeline_and_none_from_elsewhere(sd1, sd2, tmp_path, capsys):
+    for source in (sd2 / "tokenizer", sd2):
+        assert len(loaded(sd1, tokenizer=str(source)).tokenizer) == len(loaded(sd2).tokenizer)
+    (tmp_path / "empty").mkdir()
+    for source in (tmp_path / "empty", tmp_path / "none", "someone/words"):
+        with pytest.raises(SystemExit) as stopped:
+            loaded(sd1, tokenizer=str(source))
+        assert stopped.value.code == 2 and f"--tokenizer_name {source}" in capsys.readouterr().err

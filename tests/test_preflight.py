@@ -465,3 +465,31 @@ def test_refusal_and_plan_answer_at_once(sd1, photos, tmp_path):
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert done.returncode == code, done.stderr
         assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_a_branch_of_a_hub_model_is_recorded_as_its_commit(parse, sd1, tmp_path, monkeypatch):
+    """With the hub's cache alone: what `main` or no name at all means now is what the run writes down."""
+    sha = "0123456789abcdef" * 2 + "01234567"
+    cache = tmp_path / "cache" / "models--someone--dog"
+    shutil.copytree(sd1, cache / "snapshots" / sha)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(sha)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for words in ([], ["--revision", "main"], ["--revision", sha]):
+        args = parse(*words, "--dry_run", model="someone/dog")
+        preflight.check(args)
+        assert args.revision == sha and test_arguments.arguments.public(args)["revision"] == sha
+    args = parse("--dry_run")
+    preflight.check(args)
+    assert args.revision is None, "a folder has no commit"
+
+
+@pytest.mark.parametrize("option", ["tokenizer_name", "pretrained_vae_model_name_or_path"])
+def test_a_tokenizer_or_vae_of_its_own_must_be_one(parse, sd1, tmp_path, capsys, option):
+    part = "vae" if "vae" in option else "tokenizer"
+    for good in (sd1, sd1 / part):
+        preflight.check(parse(f"--{option}={good}", "--dry_run"))
+    (tmp_path / "empty").mkdir()
+    for bad, says in ((tmp_path / "empty", f"holds no {part}"), (tmp_path / "no" / "such", "does not exist here")):
+        said = refused(capsys, parse(f"--{option}={bad}", "--dry_run"))
+        assert len(said) == 1 and says in said[0] and f"--{option}" in said[0]
