@@ -161,7 +161,7 @@ def main(args):
     steps_per_epoch = math.ceil(len(dataset) / examples_per_step)
     validation_steps = args.validation_steps or steps_per_epoch * (args.validation_epochs or 0)
     page = report.Report(run, total_steps, defaults=arguments.defaults(args))
-    held_out = heldout.Loss(run, family, corruption, held, args.train_batch_size)
+    held_out = call(heldout.Loss, run, family, corruption, held, args.train_batch_size)
 
     def validate(step):
         with run.phase("validation"):

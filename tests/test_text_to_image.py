@@ -87,6 +87,22 @@ def test_the_validation_loss_is_of_the_same_pictures_noise_and_weights(train):
     assert len(values) == 3 + 3 and max(values) - min(values) < 1e-5 * max(values)
 
 
+def test_the_validation_loss_knows_masks_too(train, pictures):
+    options = "--max_train_steps 1 --learning_rate 1e-12 --validation_split 0.2 --validation_steps 1 --center_crop"
+    plain = column(train("train_text_to_image", options, "plain"), "validation_loss")
+    for path in pictures.glob("?.png"):
+        with Image.open(path) as image:
+            mask = Image.new("L", image.size)
+        mask.paste(255, (24, 24, 40, 40))
+        mask.save(path.with_suffix(".mask.png"))
+    masked = column(train("train_text_to_image", f"{options} --masked_loss", "masked"), "validation_loss")
+    partly = column(
+        train("train_text_to_image", f"{options} --masked_loss --unmasked_weight 0.9", "partly"), "validation_loss"
+    )
+    assert abs(partly[1] - plain[1]) < abs(masked[1] - plain[1])
+    assert masked[1] != pytest.approx(plain[1], rel=1e-3)
+
+
 def test_held_out_pictures_are_never_trained_on(pictures):
     examples = datasets.captioned(str(pictures), seed=1)
     kept, unseen = heldout.split(examples, 0.3, seed=1)

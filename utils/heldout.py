@@ -24,9 +24,9 @@ def split(examples: Sequence, share: float, seed: int) -> tuple[list, list]:
 class Loss:
     """`measure()` gives the mean over the held-out pictures; every process must call it. None without pictures."""
 
-    def __init__(self, run, family, corruption, dataset, batch_size: int):
+    def __init__(self, run, family, corruption, dataset, batch_size: int, unmasked_weight: float = 0.0):
         self.run, self.family, self.corruption, self.dataset = run, family, corruption, dataset
-        self.batch_size = batch_size
+        self.batch_size, self.unmasked_weight = batch_size, unmasked_weight
 
     @torch.no_grad()
     def measure(self) -> float | None:
@@ -45,7 +45,7 @@ class Loss:
             draws = randomness.Draws(randomness.seed_of(self.run.seed, "held out"), batch["ids"], self.run.device)
             noisy = self.corruption(self.family.latents(batch, draws), draws)
             prediction = self.family.predict(noisy.inputs, noisy.timesteps, self.family.condition(batch, draws))
-            error = losses.squared_error(prediction, noisy.target)
+            error = losses.squared_error(prediction, noisy.target, batch.get("mask"), self.unmasked_weight)
             total += torch.stack([error.double().sum(), torch.tensor(float(len(error)), device=error.device).double()])
         for module in modules:
             module.train()
