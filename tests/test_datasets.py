@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -316,6 +317,10 @@ def test_another_photo_stands_in_for_one_that_was_lost(folder, at_once, monkeypa
     assert sum(record["lost"] is not None for record in found) == 6, "three epochs"
     resumed = dataset_again(after)
     assert [resumed[position][0]["keys"] for position in range(59, -1, -1)] == [r["keys"] for r in reversed(found)]
+    back = next(one.source for one in whole.instance if one.key == before[0]["keys"])
+    save(Path(back))
+    assert after[0][0]["lost"] and after[0][0]["keys"] == found[0]["keys"], "what was lost stays lost in this run"
+    os.remove(back)
     message, fatal = strict[0][0]["lost"]
     assert fatal and ".png' cannot be read" in message and "--on_bad_image skip" in message
     (batch,) = take(1, after, 20)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import cache, datasets, errors, images, masks, report
+from utils import cache, datasets, errors, images, lost, masks, report
 from utils.randomness import Draws
 
 WHITE = (255, 255, 255)
@@ -155,6 +155,31 @@ def test_class_images_are_never_masked_and_cached_equals_uncached(folder, class_
         assert (batch["mask"][batch["is_class"]] == 255).all()
         assert batch["mask"].shape == (6, 1, 16, 16)
     assert "mask" not in some(datasets.DreamBooth(datasets.folder(folder, "p"), classes, size=16), count=1)[0]
+
+
+def test_a_mask_lost_while_training_is_handled_as_a_lost_photo(tmp_path, monkeypatch):
+    from test_cache import Family, Run
+
+    monkeypatch.setattr(lost, "RETRIES", ())
+    monkeypatch.setattr(datasets, "REMEMBERED", 0)
+    for name, size in (("wide-0", (64, 32)), ("wide-1", (64, 32)), ("high", (32, 64))):
+        photo, mask = subject(size, (2, 2, 20, 20))
+        photo.putpixel((0, 0), (len(name), ord(name[-1]), 0))  # no two are one picture
+        photo.save(tmp_path / f"{name}.png")
+        mask.save(tmp_path / f"{name}.mask.png")
+    dataset = datasets.DreamBooth(masked(tmp_path), size=32, on_bad_image="skip", center_crop=True,
+                                  resolution_buckets="auto", side_factor=8)  # fmt: skip
+    cache.latents(Run(), Family(), dataset, "on")
+    (tmp_path / "wide-1.mask.png").unlink()
+    records = [dataset[position][0] for position in range(3)]
+    (told,) = (record for record in records if record["lost"])
+    assert "wide-1.mask.png' cannot be read" in told["lost"][0] and not told["lost"][1]
+    assert told["keys"] == dataset.instance[1].key, "another photo of the same shape, whose latents are there"
+    (tmp_path / "high.mask.png").unlink()
+    records = [dataset[position][0] for position in range(3)]
+    (high,) = (record for record in records if record["lost"] and "high" in record["lost"][0])
+    wide = next(record for record in records if record is not high)
+    assert high["lost"][1] and high["latent_mean"].shape[-2:] == wide["latent_mean"].shape[:0:-1]
 
 
 def test_the_contact_sheet_shows_the_mask(folder, tmp_path):
