@@ -91,8 +91,8 @@ def main(args):
     if run.is_main:
         report.preview(dataset, run.output_dir)
         report.contact_sheet(dataset, run.output_dir, family.count_tokens, family.prompt_limit)
-    cache.latents(run, family, dataset, args.cache_latents, beside=held)
-    captions = [*dataset.captions(), *(held.captions() if held else [])]
+    call(cache.latents, run, family, dataset, args.cache_latents, beside=held)
+    captions = {*dataset.captions(), *(held.captions() if held else [])} - family.stored_prompts.keys()
     few = len(captions) <= MOST_CAPTIONS
     if not args.train_text_encoder:
         family.cache_prompts([*(captions if few else []), *args.validation_prompt], release=few)

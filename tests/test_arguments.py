@@ -339,7 +339,8 @@ TOLD = """pretrained_model_name_or_path revision concepts_list concepts
     snr_gamma
     noise_offset prediction_type dream_training use_ema mixed_precision"""
 # What may change between two sessions: how long and how fast a run learns, where and how it is computed and told.
-CHANGEABLE = """config dry_run allow_pickle cache_dir repeats on_bad_image dataloader_num_workers sample_batch_size
+CHANGEABLE = """config dry_run allow_pickle cache_dir repeats on_bad_image precomputed_dir
+    dataloader_num_workers sample_batch_size
     text_encoder_lr adam_weight_decay_text_encoder num_train_epochs max_train_steps max_train_minutes learning_rate
     scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power max_grad_norm adam_beta1 adam_beta2 adam_weight_decay
     adam_epsilon offload_ema gradient_checkpointing enable_xformers_memory_efficient_attention cache_latents compile

@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +102,18 @@ def captioned(
     alpha_mask: bool = False,
     *,
     seed: int,
+    share: Callable | None = None,
 ) -> list[Example]:
-    """Captioned pictures: what the options of a text-to-image script name; a sample of them if fewer are wanted."""
+    """Captioned pictures: what the options of a text-to-image script name; a sample of them if fewer are wanted.
+
+    share: names in the data set, captions => places of those that are wanted. Nothing else is opened.
+    """
+    how = {"on_bad_image": on_bad_image, "share": share}
     if dataset_name:
-        how = {"image_column": image_column, "caption_column": caption_column or "text", "cache_dir": cache_dir}
-        found = hub(dataset_name, dataset_config_name, dataset_split, on_bad_image=on_bad_image, **how)
+        how |= {"image_column": image_column, "caption_column": caption_column or "text", "cache_dir": cache_dir}
+        found = hub(dataset_name, dataset_config_name, dataset_split, **how)
     else:
-        found = folder(train_data_dir, caption_column=caption_column, on_bad_image=on_bad_image)
+        found = folder(train_data_dir, caption_column=caption_column, **how)
     if max_train_samples and max_train_samples < len(found):
         chosen = randomness.rng(seed, "samples").sample(range(len(found)), max_train_samples)
         found = [found[place] for place in sorted(chosen)]
@@ -122,6 +127,7 @@ def folder(
     is_class: bool = False,
     caption_column: str | None = None,  # of metadata.jsonl or .csv
     on_bad_image: str = "error",  # "skip": leave out what cannot be decoded
+    share: Callable | None = None,  # as in `captioned`
     **words: str | None,  # identifier, class_noun: what placeholders in captions stand for
 ) -> list[Example]:
     """The pictures under a folder with their captions, sorted; [] when there is no folder to read."""
@@ -134,10 +140,13 @@ def folder(
     if complaints:
         errors.refuse(complaints, errors.DATA)
     bad = set()
+    if share:
+        wanted = share([one.relative_to(path).as_posix() for one in found], texts)
+        found, texts = ([values[place] for place in wanted] for values in (found, texts))
     if on_bad_image == "skip":
         bad = {report.path for report in images.inspect(found) if report.problem}
     examples = [_example(one, text, is_class) for one, text in zip(found, texts) if one not in bad]
-    if not examples:
+    if not examples and not share:
         errors.refuse(f"'{path}' holds no pictures that can be used")
     return examples
 
@@ -148,11 +157,12 @@ def pictures(paths: Iterable[str | os.PathLike], prompt: str, is_class: bool = F
 
 
 def _example(path, caption, is_class: bool) -> Example:
-    digest = hashlib.blake2b(digest_size=8)
-    with open(path, "rb") as file:  # a picture replaced in place is another picture, also for a resumed run
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return Example(str(path), caption, is_class, digest.hexdigest())
+    # By its content: a picture replaced in place is another picture, also for a resumed run.
+    return Example(str(path), caption, is_class, content_key(Path(path).read_bytes()))
+
+
+def content_key(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def hub(
@@ -164,11 +174,12 @@ def hub(
     prompt: str | None = None,  # without a caption column
     cache_dir: str | None = None,
     on_bad_image: str = "error",
+    share: Callable | None = None,  # as in `captioned`
     **words: str | None,
 ) -> list[Example]:
     """A dataset of the hub or in a local folder. A plain folder of pictures goes the way of `folder`."""
     if Path(name).is_dir() and config is None and images.list_images(name):
-        return folder(name, prompt, caption_column=caption_column, on_bad_image=on_bad_image, **words)
+        return folder(name, prompt, caption_column=caption_column, on_bad_image=on_bad_image, share=share, **words)
     import datasets
 
     try:
@@ -179,31 +190,37 @@ def hub(
     for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
         if column and column not in table.column_names:
             errors.refuse(f"{option} {column}: {name} has only the columns {', '.join(table.column_names)}")
-    texts = table[caption_column] if caption_column else [prompt] * len(table)
+    texts = list(table[caption_column]) if caption_column else [prompt] * len(table)
     # A column of plain text is no picture, even if it names files: a stranger's table may name any file of yours.
     if not isinstance(table.features[image_column], datasets.Image):
         errors.refuse(f"--image_column {image_column} of {name} holds no pictures: {table.features[image_column]}")
     table = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     examples, complaints = [], []
-    for index, text in enumerate(texts):
+    wanted = share([f"row {index}" for index in range(len(table))], texts) if share else range(len(table))
+    for index in wanted:
+        text = texts[index]
         text = tuple(text) if isinstance(text, (list, tuple)) and len(text) else text or prompt
         if not text or not all(isinstance(one, str) for one in (text if isinstance(text, tuple) else [text])):
             complaints.append(f"{name}, row {index}: no caption, and no --instance_prompt stands in")
             text = ""
         row = Row(table, index, image_column)
         complaints += caption_files.unfilled([(f"{name}, row {index}", text)], **words)
-        examples.append(Example(row, caption_files.fill(text, **words), key=f"{table._fingerprint}-{index}"))
+        examples.append(Example(row, caption_files.fill(text, **words)))
     # All of them decoded now: one that cannot be would otherwise end the run at whatever step it is drawn.
     reports = images.inspect([example.source for example in examples])
     bad = sum(bool(report.problem) for report in reports)
     if on_bad_image == "error" or bad > images.MOST_BAD * len(reports):
         complaints += [
-            f"{name}, row {index}: {report.problem}" for index, report in enumerate(reports) if report.problem
+            f"{name}, row {index}: {report.problem}" for index, report in zip(wanted, reports) if report.problem
         ]
     if complaints:
         errors.refuse(complaints[:20], errors.DATA)
-    examples = [example for example, report in zip(examples, reports) if not report.problem]
-    if not examples:
+    examples = [
+        replace(one, key=content_key(one.source()["bytes"] or Path(one.source()["path"]).read_bytes()))
+        for one, report in zip(examples, reports)
+        if not report.problem
+    ]
+    if not examples and not share:
         errors.refuse(f"--dataset_name {name} holds no pictures that can be used")
     return examples
 
@@ -289,6 +306,7 @@ class DreamBooth(Dataset):
             rows += [[example.concept, example.repeats] for example in self.examples]
         if self.bucketed:
             rows += [self.resolution, self.repeats]
+        rows += getattr(self.latents, "rounding", [])  # of latents that were stored in less than full precision
         return hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
 
     @property

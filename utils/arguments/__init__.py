@@ -35,6 +35,7 @@ INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest",
 STARTS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")
 
+WORKERS = "processes that prepare pictures; 0: the training process itself"
 ALLOW_PICKLE = "also read weights that are no safetensors (.bin), if they hold nothing but tensors"
 
 _EPILOG = """\
@@ -95,10 +96,36 @@ def add_dreambooth_data(parser: argparse.ArgumentParser) -> None:
     add("cache_dir", folder, None, "where downloaded datasets are kept (models follow HF_HOME)")
     add("repeats", whole(1), 1, "how often each photo counts in an epoch")
     _add_images(add)
+    add("dataloader_num_workers", whole(0), 0, WORKERS)
 
 
 def add_captioned_data(parser: argparse.ArgumentParser) -> None:
     add = group(parser, "Captioned pictures")
+    _add_captioned(add)
+    add("max_train_samples", whole(1), None, "train on so many pictures, drawn by the seed", unset="all")
+    help = "share of visits with an empty caption, which guidance compares with; 0.1 is usual"
+    add("caption_dropout", number(0, below=1), 0.0, help, alias="--proportion_empty_prompts")
+    add("validation_split", number(0, below=1), 0.0, "share of the pictures held out for a validation loss")
+    add("repeats", whole(1), 1, "how often each picture counts in an epoch")
+    add("precomputed_dir", folder, None, "latents and embeddings of these pictures, from python -m utils.cache")
+    _add_images(add, on_bad_image="skip")
+    add("dataloader_num_workers", whole(0), 0, WORKERS)
+
+
+def add_precompute(parser: argparse.ArgumentParser) -> None:
+    add = group(parser, "Captioned pictures")
+    _add_captioned(add)
+    _add_images(add, on_bad_image="skip")
+    add = group(parser, "Work and result")
+    add("output_dir", folder, None, "folder of the result, which many machines may share", required=True)
+    add("num_shards", whole(1), 1, "how many processes share the work")
+    add("shard_index", whole(0), 0, "which of them this is, from 0")
+    add("texts", flag, True, "also encode the captions, each once")
+    add("dtype", choice("float32", "float16", "bfloat16"), "float32", "precision in which they are stored")
+    add("mixed_precision", choice("no", "fp16", "bf16"), "no", "precision in which they are computed")
+
+
+def _add_captioned(add) -> None:
     add("train_data_dir", folder, None, "folder of pictures; metadata.jsonl, metadata.csv or name.txt hold captions")
     add("dataset_name", folder, None, "a Hugging Face dataset (hub name or folder) instead of --train_data_dir")
     add("dataset_config_name", text, None, "configuration of that dataset")
@@ -107,12 +134,6 @@ def add_captioned_data(parser: argparse.ArgumentParser) -> None:
     unset = "text; in a folder's metadata text, caption or prompt"
     add("caption_column", text, None, "column of captions; a list of them is drawn from at each visit", unset=unset)
     add("cache_dir", folder, None, "where downloaded datasets are kept (models follow HF_HOME)")
-    add("max_train_samples", whole(1), None, "train on so many pictures, drawn by the seed", unset="all")
-    help = "share of visits with an empty caption, which guidance compares with; 0.1 is usual"
-    add("caption_dropout", number(0, below=1), 0.0, help, alias="--proportion_empty_prompts")
-    add("validation_split", number(0, below=1), 0.0, "share of the pictures held out for a validation loss")
-    add("repeats", whole(1), 1, "how often each picture counts in an epoch")
-    _add_images(add, on_bad_image="skip")
 
 
 def _add_images(add, on_bad_image: str = "error") -> None:
@@ -127,7 +148,6 @@ def _add_images(add, on_bad_image: str = "error") -> None:
     add("image_interpolation_mode", choice(*INTERPOLATIONS), "lanczos", "filter used for resizing")
     add("alpha_background", colour, "white", "what transparent parts of photos become: white, black, grey or #rrggbb")
     add("on_bad_image", choice("error", "skip"), on_bad_image, "what an unreadable picture does to the run")
-    add("dataloader_num_workers", whole(0), 0, "processes that prepare pictures; 0: the training process itself")
 
 
 def add_masks(parser: argparse.ArgumentParser) -> None:

@@ -116,6 +116,8 @@ def _data(args, has, misread: set[str], found: Findings) -> None:
     if "train_data_dir" in args and bool(has("train_data_dir")) == bool(has("dataset_name")):
         which = "not both" if has("dataset_name") else "one of them"
         found.complaints.append(f"--train_data_dir or --dataset_name: {which} must be given")
+    if has("precomputed_dir") and has("cache_latents") == "off":
+        found.complaints.append("--precomputed_dir with --cache_latents off: latents that are there; leave one out")
     if has("dream_training") and has("prediction_type") not in (None, "epsilon"):
         found.complaints.append("--dream_training is made for epsilon prediction; leave it or --prediction_type out")
     if has("with_prior_preservation") and not has("concepts_list"):

@@ -64,9 +64,10 @@ class LatentDiffusion:
         for part in (*self.names, *self.tokenizers, "scheduler", "own_scheduler"):
             setattr(self, part, None)
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        self._vae_source = self._tokenizer_source = None
+        self.vae_source = self.tokenizer_source = None
         self._wrapped = {}  # name -> what the training forward calls instead of the plain module
         self._prompts = {}  # text -> {"text": (77, c), ...}, where every text was encoded once
+        self.stored_prompts = {}  # the same, of texts that were encoded before the run (precomputed.Texts)
         self._warned = set()
 
     # --- Loading -----------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ class LatentDiffusion:
     ) -> None:
         """Read the networks, frozen, in evaluation mode and in `dtype`. What is to learn is raised to fp32 later."""
         self.device, self.dtype = torch.device(device), dtype
-        self._vae_source, self._tokenizer_source = vae and models.resolve(vae), tokenizer
+        self.vae_source, self.tokenizer_source = vae and models.resolve(vae), tokenizer
         kind = models.component_class(self.name, self.revision, "scheduler")
         self.own_scheduler = self._as_trained(self._read(kind, "scheduler", weights=False))
         self.scheduler = DDPMScheduler.from_config(self.own_scheduler.config)
@@ -116,11 +117,11 @@ class LatentDiffusion:
         return unet
 
     def _read_vae(self, dtype: torch.dtype) -> AutoencoderKL:
-        if self._vae_source:
+        if self.vae_source:
             try:  # a VAE of its own, or the one inside a whole pipeline
-                return AutoencoderKL.from_pretrained(self._vae_source, torch_dtype=dtype, **self._weights())
+                return AutoencoderKL.from_pretrained(self.vae_source, torch_dtype=dtype, **self._weights())
             except OSError:
-                return self._read(AutoencoderKL, "vae", source=self._vae_source, torch_dtype=dtype)
+                return self._read(AutoencoderKL, "vae", source=self.vae_source, torch_dtype=dtype)
         return self._read(AutoencoderKL, "vae", torch_dtype=dtype)
 
     def _read(self, cls, folder: str, source: str | None = None, weights: bool = True, **options):
@@ -145,8 +146,8 @@ class LatentDiffusion:
         errors.refuse(f"{source}: cannot read its {part} ({reason}); weights must be {wanted}{variant}")
 
     def _read_tokenizer(self, part: str) -> CLIPTokenizer:
-        if self._tokenizer_source:
-            tokenizer = self._other_tokenizer(self._tokenizer_source)
+        if self.tokenizer_source:
+            tokenizer = self._other_tokenizer(self.tokenizer_source)
         else:
             tokenizer = self._read(CLIPTokenizer, part, weights=False)
         if tokenizer.model_max_length > 10**6:  # a folder without tokenizer_config.json says 1e30
@@ -294,13 +295,14 @@ class LatentDiffusion:
         """Run the frozen text encoders once for every distinct prompt (and the empty one), then let go of them."""
         if self.encoders.keys() & self.trainable.keys():
             raise ValueError("the text encoder learns: its embeddings change and cannot be cached")
-        new = sorted({"", *texts} - self._prompts.keys())
+        new = sorted({"", *texts} - self._prompts.keys() - self.stored_prompts.keys())
         for start in range(0, len(new), batch_size):
             chunk = new[start : start + batch_size]
             encoded = self.encode_prompts(chunk)
             for k, text in enumerate(chunk):  # rows of their own, so that no prompt keeps its whole batch alive
                 self._prompts[text] = {name: rows[k].clone() for name, rows in encoded.items()}
-        if len(self._prompts) * sum(row.nbytes for row in self._prompts[""].values()) > ON_DEVICE:
+        one = next(iter(self._prompts.values()), {})
+        if len(self._prompts) * sum(row.nbytes for row in one.values()) > ON_DEVICE:
             for rows in self._prompts.values():
                 rows.update({name: row.cpu() for name, row in rows.items()})
         if release:
@@ -311,10 +313,12 @@ class LatentDiffusion:
 
     def _encoded(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """{"text": (b, 77, c), ...} from the cache, else from the encoders."""
-        if not all(text in self._prompts for text in texts):
+        known = [self._prompts.get(text) or self.stored_prompts.get(text) for text in texts]
+        if not all(known):
             return self.encode_prompts(texts)
-        names = self._prompts[texts[0]]
-        return {name: torch.stack([self._prompts[text][name] for text in texts]).to(self.device) for name in names}
+        stored = {"dtype": self.dtype} if self.stored_prompts else {}  # these may be kept in another precision
+        names = known[0]
+        return {name: torch.stack([rows[name].to(self.device, **stored) for rows in known]) for name in names}
 
     def condition(self, batch: dict, draws=None) -> dict[str, torch.Tensor]:
         """What the UNet listens to besides the noisy latents: {"text": (b, 77, c), ...}."""

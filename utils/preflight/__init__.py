@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from utils import buckets, concepts
+from utils import buckets, concepts, precomputed
 from utils.errors import DATA, OPTIONS, refuse, warn
 from utils.preflight import model_folder, photos, plan, remote, shapes
 
@@ -63,6 +63,7 @@ def check(args: argparse.Namespace) -> list[Path]:
             f"--num_train_epochs {args.num_train_epochs} makes; {outline.steps // 10} would be a tenth"
         )
     _disk(args, outline, problems)
+    problems.options += _precomputed(args)
     problems.options += remote.packages(args)
     alone = int(os.environ.get("WORLD_SIZE") or 1) == 1
     if os.environ.get("RANK", "0") == "0" and (alone or not problems.options):
@@ -167,7 +168,8 @@ def _separate(args, problems: Problems) -> None:
         problems.options.append("--output_dir is the base model's folder and would overwrite it; name another folder")
     read = ("masks_dir", "dataset_name", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path")
     named = [(one.named(name), getattr(one, name)) for one in args.concepts for name in concepts.PATHS]
-    named += [(f"--{name}", getattr(args, name, None)) for name in (*read, "tokenizer_name")]
+    read += ("tokenizer_name", "precomputed_dir")
+    named += [(f"--{name}", getattr(args, name, None)) for name in read]
     for name, path in named if args.overwrite_output_dir else ():
         path = Path(path or output.parent).resolve()
         inner = path.relative_to(output).parts if path.is_relative_to(output) else ()
@@ -183,6 +185,16 @@ def _searched(args) -> list[tuple[str, str]]:
         path = one.class_data_dir
         classes.setdefault((path and Path(path).resolve(), one.class_prompt), (one.named("class_data_dir"), path))
     return found + list(classes.values())
+
+
+def _precomputed(args) -> list[str]:
+    """What the options alone tell about it; its encoders are compared once the model is loaded."""
+    if not getattr(args, "precomputed_dir", None):
+        return []
+    wanted = {"resolution": args.resolution, "interpolation": args.image_interpolation_mode}
+    wanted |= {"mirrored": args.random_flip, "alpha_background": args.alpha_background}
+    wanted |= {"resolution_buckets": buckets.OFF if args.resolution_buckets == buckets.OFF else None}
+    return precomputed.complaints(args.precomputed_dir, **wanted)
 
 
 def _disk(args, outline: plan.Plan, problems: Problems) -> None:

@@ -1,0 +1,237 @@
+"""Latents and embeddings computed beforehand: the same files however the work was cut, the same losses, or refused."""
+
+import importlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils import datasets, models, precomputed
+from utils.cache import __main__ as tool
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = "--resolution 64 --center_crop --random_flip"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Nine captioned pictures, one with two captions."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(9):
+        pixels = rng.integers(0, 255, (70, 64 + 4 * number, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    describe(folder)
+    return folder
+
+
+def describe(folder, first="the first picture"):
+    rows = [{"file_name": f"{n}.png", "text": f"picture {n}" if n else [first, "number zero"]} for n in range(9)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.fixture
+def compute(sd1, pictures, tmp_path):
+    def call(name="store", options="", model=sd1):
+        given = f"--pretrained_model_name_or_path '{model}' --output_dir '{tmp_path / name}'"
+        given += "" if "--dataset_name" in options else f" --train_data_dir '{pictures}'"
+        tool.main(tool.parse_args(shlex.split(f"{given} {SHAPE} {options}")))
+        return tmp_path / name
+
+    return call
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def in_a_child(killed_at, work):
+    """The status of a process that is killed when it has written its `killed_at`-th file and not renamed it."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    fsync, calls = os.fsync, []
+
+    def counted(file):
+        calls.append(file)
+        fsync(file)
+        if len(calls) == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.fsync = counted
+    try:
+        work()
+        os._exit(0)
+    finally:
+        os._exit(9)
+
+
+def test_killed_shards_leave_what_one_shard_leaves(compute, tmp_path, monkeypatch, capsys):
+    """Two of four are killed in the middle of writing (kill -9 before a block is renamed) and started again."""
+    monkeypatch.setattr(precomputed, "BLOCK", 2)
+    whole = contents(compute("whole"))
+    assert len(whole) > 8 and not any(name.startswith(".") for name in whole)
+    for shard in range(4):
+        killed_at = {1: 3, 3: 2}.get(shard)  # the manifest is the first file that shard 0 writes
+        status = in_a_child(killed_at, lambda: compute("four", f"--num_shards 4 --shard_index {shard}"))  # noqa: B023
+        assert status == (signal.SIGKILL if killed_at else 0)
+    left = contents(tmp_path / "four")
+    assert len(left) < len(whole) + 2 and any(name.startswith(".") for name in left), "a piece of a block is there"
+    capsys.readouterr()
+    for shard in (1, 3):
+        folder = compute("four", f"--num_shards 4 --shard_index {shard}")
+    assert contents(folder) == whole
+    said = capsys.readouterr().out
+    assert " 0 were there" not in said and "shard 3 of 4" in said, "what the killed ones finished was not done again"
+    for shard in range(4):
+        compute("four", f"--num_shards 4 --shard_index {shard}")
+    assert capsys.readouterr().out.count(" 0 blocks written") == 4
+
+
+def test_a_new_picture_and_a_damaged_block_cost_one_block(compute, pictures, monkeypatch, capsys):
+    monkeypatch.setattr(precomputed, "BLOCK", 4)
+    before = contents(folder := compute())
+    damaged = folder / sorted(name for name in before if name.startswith("latents"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    capsys.readouterr()
+    assert contents(compute()) == before
+    assert "1 blocks written" in capsys.readouterr().out
+    Image.new("RGB", (64, 64), "red").save(pictures / "new.png")
+    (pictures / "new.txt").write_text("picture 1")
+    compute()
+    assert "1 blocks written" in capsys.readouterr().out
+    examples = datasets.captioned(str(pictures), seed=0)
+    store = precomputed.Store(folder)
+    assert {(one.key, flip, (64, 64)) for one in examples for flip in (False, True)} == store.rows.keys()
+    assert store.texts.keys() == {"", "the first picture", "number zero", *(f"picture {n}" for n in range(1, 9))}
+
+
+def test_rows_are_what_the_model_computes(compute, pictures, sd1, tmp_path):
+    """Also from a table, in half precision, and with names that say nothing: what counts is the content."""
+    store = precomputed.Store(compute("half", "--dtype float16"))
+    family = models.family_of(str(sd1))
+    family.load("cpu", torch.float32)
+    dataset = datasets.DreamBooth(datasets.captioned(str(pictures), seed=0), size=64, center_crop=True)
+    for example in dataset.instance:
+        for flip in (False, True):
+            expected = family.posterior(dataset.pixels(example, flip, (64, 64))[None])
+            for found, wanted in zip(store.get(example.key, flip, (64, 64)), expected, strict=True):
+                assert found.dtype == torch.float32 and torch.allclose(found, wanted[0], atol=2e-3, rtol=2e-3)
+    expected = family.encode_prompts(["picture 3"])["text"][0]
+    assert torch.allclose(store.texts["picture 3"]["text"].float(), expected, atol=1e-2, rtol=1e-2)
+    assert store.rounding == ["float16", "float32"] and "no" not in store.texts
+    import datasets as library
+
+    rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    texts = [row["text"] if isinstance(row["text"], list) else [row["text"]] for row in rows]
+    table = {"image": [str(pictures / row["file_name"]) for row in rows], "text": texts}
+    table = library.Dataset.from_dict(table).cast_column("image", library.Image())
+    table.to_parquet(tmp_path / "table" / "train.parquet")
+    again = precomputed.Store(compute("table_store", f"--dataset_name '{tmp_path / 'table'}'"))
+    assert again.rows.keys() == store.rows.keys() and again.texts.keys() == store.texts.keys()
+
+
+@pytest.fixture
+def train(sd1, pictures, tmp_path):
+    def call(script, options="", name="run", model=sd1):
+        module = importlib.import_module(script)
+        given = f"--pretrained_model_name_or_path '{model}' --output_dir '{tmp_path / name}' --report_to none"
+        given += f" --train_data_dir '{pictures}' --train_batch_size 2 --seed 3 --max_train_steps 4 {SHAPE} {options}"
+        module.main(module.parse_args(shlex.split(given)))
+        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        return [row.get("loss", row.get("validation_loss")) for row in rows]
+
+    return call
+
+
+def test_precomputed_is_as_not_precomputed(train, compute, monkeypatch):
+    script = "train_text_to_image"
+    options = "--validation_split 0.2 --validation_steps 2 --caption_dropout 0.3"
+    expected = train(script, options, "plain")
+    store = compute()
+    monkeypatch.setattr(models.latent_diffusion.LatentDiffusion, "posterior", None)  # nothing is encoded any more
+    found = train(script, f"{options} --precomputed_dir '{store}'", "stored")
+    assert len(found) == 4 + 3 and np.allclose(found, expected, rtol=1e-4)
+
+
+def test_buckets_are_stored_too_and_held_out_pictures_stay_square(train, compute):
+    shapes = "--resolution_buckets 64x64,128x64"
+    options = f"--validation_split 0.2 --validation_steps 2 {shapes}"
+    expected = train("train_text_to_image_lora", options, "plain")
+    store = compute(options=shapes)
+    found = train("train_text_to_image_lora", f"{options} --precomputed_dir '{store}'", "stored")
+    assert np.allclose(found, expected, rtol=1e-4)
+
+
+def test_what_is_foreign_or_stale_is_refused_by_name(train, compute, pictures, sd2, tmp_path, capsys):
+    store = compute()
+    script = "train_text_to_image_lora"
+
+    def refused(options="", **how):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            train(script, f"--precomputed_dir '{store}' {options}", "refused", **how)
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    said = refused("--resolution 128 --image_interpolation_mode box --resolution_buckets no")
+    assert "its resolution is 64, not 128" in said and "its interpolation is lanczos, not box" in said
+    said = refused(model=sd2)
+    assert "its text_encoders is" in said and "another text encoder" in said
+    (tmp_path / "other").mkdir()
+    shutil.copytree(sd2 / "vae", tmp_path / "other" / "vae")
+    assert "its vae is" in refused(f"--pretrained_vae_model_name_or_path '{tmp_path / 'other' / 'vae'}'")
+    assert "--precomputed_dir with --cache_latents off" in refused("--cache_latents off")
+    describe(pictures, first="words that nobody encoded")
+    assert "1 captions are not in it ('words that nobody encoded'" in refused()
+    describe(pictures)
+    Image.new("RGB", (64, 64), "blue").save(pictures / "3.png")
+    said = refused()
+    assert "2 of 18 views are not in it" in said and "3.png" in said
+    plain = compute("plain", "--random_flip no")
+    store, there = plain, store
+    assert "its mirrored is False, not True; compute it with --random_flip" in refused()
+    shutil.copy(next(there.glob("latents-*")), plain)
+    assert "does not belong to the manifest.json" in refused("--random_flip no")
+    store = tmp_path / "nothing"
+    assert "holds no manifest.json: fill it with python -m utils.cache" in refused()
+    with pytest.raises(SystemExit) as stop:
+        compute("plain")
+    assert stop.value.code == 2 and "holds other latents" in capsys.readouterr().err
+
+
+def test_the_tool_refuses_what_it_cannot_compute(compute, capsys):
+    for options, said in (
+        ("--num_shards 2 --shard_index 2", "--shard_index counts from 0"),
+        ("--center_crop no", "add --center_crop"),
+        ("--train_data_dir nowhere", "'nowhere' is not a folder"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            compute(options=options)
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_slurm_example_runs(sd1, pictures, tmp_path):
+    """As an array of one task; only the variables that SLURM and a user would set are given."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    given = {"MODEL": str(sd1), "PICTURES": str(pictures), "LATENTS": str(tmp_path / "store"), "RESOLUTION": "64"}
+    given |= {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_ARRAY_TASK_COUNT": "1"}
+    given |= {"SLURM_ARRAY_TASK_ID": "0"}
+    given |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = ["bash", "accelerate_configs/slurm_precompute.sh"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | given, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    store = precomputed.Store(tmp_path / "store")
+    assert len(store.rows) == 2 * 9 and len(store.texts) == 11

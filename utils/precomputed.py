@@ -1,0 +1,280 @@
+"""Latents and text embeddings of a data set, computed once by `python -m utils.cache` and read by many runs.
+
+A folder of blocks, each written whole or not at all, and named after everything that went into it: what encoded it,
+how pictures were cut, and the content of each. So machines that know nothing of each other may fill one folder, a block
+that is there need not be computed again, and one that does not belong is told by its name. Nothing is unpickled.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from utils import errors
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+BLOCK = 256  # pictures or captions in a block, more or less: a tenth of a gigabyte for the largest latents
+OPEN = 64  # files kept open
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.safetensors")
+# Field of the manifest => what to do about it; pictures may be shown unmirrored although mirrored ones are there.
+REMEDIES = {
+    "format": "compute it anew",
+    "vae": "another VAE made it: give that one, or compute another folder",
+    "text_encoders": "another text encoder or tokenizer made it: give that model, or compute another folder",
+    "resolution": "give the same --resolution to both",
+    "resolution_buckets": "give the same --resolution_buckets to both",
+    "crop": "compute it anew",
+    "interpolation": "give the same --image_interpolation_mode to both",
+    "alpha_background": "give the same --alpha_background to both",
+    "mirrored": "compute it with --random_flip, or train without",
+}
+
+
+def digest(*parts) -> str:
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def identity(
+    encoders: dict[str, str],  # of `encoders`
+    resolution: int,
+    resolution_buckets: str,
+    interpolation: str,
+    mirrored: bool,
+    alpha_background: str,
+    dtype: str = "float32",  # in which it is stored
+    precision: str = "float32",  # in which it was computed
+) -> dict:
+    """What all blocks of a folder have in common."""
+    return {
+        "format": FORMAT,
+        **encoders,
+        "resolution": resolution,
+        "resolution_buckets": resolution_buckets,
+        "crop": "centre",
+        "interpolation": interpolation,
+        "mirrored": mirrored,
+        "alpha_background": alpha_background,
+        "dtype": dtype,
+        "precision": precision,
+    }
+
+
+def encoders(family) -> dict[str, str]:
+    """By the content of their files, since the same folder may have another name on another machine."""
+    text = [_files(family.path, name, family.revision, family.variant) for name in family.encoders]
+    source, revision = family.tokenizer_source or family.path, None if family.tokenizer_source else family.revision
+    text += [_files(source, name, revision, None) for name in family.tokenizers]
+    if family.vae_source:
+        return {"vae": _files(family.vae_source, "vae", None, None), "text_encoders": digest(*text)}
+    return {"vae": _files(family.path, "vae", family.revision, family.variant), "text_encoders": digest(*text)}
+
+
+@functools.cache
+def _files(source: str, part: str, revision: str | None, variant: str | None) -> str:
+    folder = Path(source)
+    if not folder.is_dir():  # a model of the hub, which was loaded a moment ago
+        folder = _snapshot(source, revision)
+    folder = folder / part if (folder / part).is_dir() else folder
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    weights = [path for path in files if (match := WEIGHTS.fullmatch(path.name)) and match["variant"] == variant]
+    weights = weights or [path for path in files if path.suffix in (".safetensors", ".bin")]
+    told = []
+    for path in [*(path for path in files if path.suffix in (".json", ".txt", ".model")), *weights]:
+        content = hashlib.blake2b(digest_size=16)
+        with path.open("rb") as file:
+            while chunk := file.read(2**24):
+                content.update(chunk)
+        told.append([path.name, content.hexdigest()])
+    return digest(told)
+
+
+def _snapshot(name: str, revision: str | None) -> Path:
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in ("model_index.json", "config.json", "vae/config.json", "tokenizer_config.json", "vocab.json"):
+        found = try_to_load_from_cache(name, file, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parents[file.count("/")]
+    return errors.refuse(f"{name} is not in the hub's cache, although it was loaded")
+
+
+# Writing
+
+
+def write_manifest(folder: Path, identity: dict) -> None:
+    """Every process writes the same; a folder of something else is refused."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / MANIFEST).exists():
+        differing = _differing(read_manifest(folder), identity)
+        if differing:
+            errors.refuse([f"--output_dir {folder} holds other latents:", *_table(differing), "name another folder"])
+        return
+    if blocks(folder):
+        errors.refuse(f"--output_dir {folder} holds blocks and no {MANIFEST}: name another folder")
+    _write(folder / MANIFEST, (json.dumps(identity, indent=1, sort_keys=True) + "\n").encode())
+
+
+def block_name(kind: str, identity: dict, rows: Sequence) -> str:
+    return f"{kind}-{digest(identity, rows)}.safetensors"
+
+
+def write_block(folder: Path, kind: str, identity: dict, rows: Sequence, tensors: dict) -> None:
+    """`tensors` have a row for each of `rows`: [key, mirrored, [width, height]] of pictures, or captions."""
+    from safetensors.torch import save
+
+    # One entry: several would be written in an order that changes from run to run.
+    data = save({name: value.contiguous() for name, value in tensors.items()}, {"rows": json.dumps(rows)})
+    _write(folder / block_name(kind, identity, rows), data)
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    for left in path.parent.glob(f".{path.name}.*"):  # of a process that was killed here
+        left.unlink(missing_ok=True)
+
+
+def is_whole(path: Path) -> bool:
+    try:
+        rows_of(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+# Reading
+
+
+def blocks(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("latents-*.safetensors"), *folder.glob("texts-*.safetensors")])
+
+
+def rows_of(path: Path) -> list:
+    """What a block holds, from its header; ValueError where it is cut short or something else."""
+    try:
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(min(length, 100_000_000)))
+        rows = json.loads(header.pop("__metadata__")["rows"])
+        ends = [entry["data_offsets"][1] for entry in header.values()]
+        whole = path.stat().st_size == 8 + length + max(ends)
+    except (struct.error, ValueError, TypeError, KeyError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"'{path}' is damaged: remove it and run python -m utils.cache again")
+    return rows
+
+
+def read_manifest(folder: Path) -> dict:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"'{folder / MANIFEST}' cannot be read: {problem}") from None
+    if not isinstance(manifest, dict):
+        raise ValueError(f"'{folder / MANIFEST}' is no manifest")
+    return manifest
+
+
+def complaints(folder: str | None, **wanted) -> list[str]:
+    """What is wrong with a folder, as far as `wanted` fields of its manifest tell; None is not known yet."""
+    if not folder:
+        return []
+    if not Path(folder, MANIFEST).is_file():
+        return [f"--precomputed_dir {folder} holds no {MANIFEST}: fill it with python -m utils.cache"]
+    try:
+        there = read_manifest(Path(folder))
+    except ValueError as problem:
+        return [f"--precomputed_dir: {problem}"]
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    return [f"--precomputed_dir {folder}: {line}" for line in _table(_differing(there, wanted))]
+
+
+def _differing(there: dict, wanted: dict) -> dict:
+    found = {name: (there.get(name), value) for name, value in wanted.items() if there.get(name) != value}
+    if found.get("mirrored") == (True, False):
+        del found["mirrored"]
+    return found
+
+
+def _table(differing: dict) -> list[str]:
+    remedies = {name: f"; {REMEDIES[name]}" if name in REMEDIES else "" for name in differing}
+    return [f"its {name} is {old}, not {new}{remedies[name]}" for name, (old, new) in differing.items()]
+
+
+class Store:
+    """The blocks of a folder, memory-mapped: a row is read when it is asked for. `get` is that of cache.Latents."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        try:
+            self.identity = read_manifest(self.folder)
+            self.rows: dict[tuple, tuple[str, int]] = {}
+            texts: dict[str, tuple[str, int]] = {}
+            for path in blocks(self.folder):
+                rows = rows_of(path)
+                kind = path.name.partition("-")[0]
+                if path.name != block_name(kind, self.identity, rows):
+                    raise ValueError(f"'{path}' does not belong to the {MANIFEST} beside it: remove it")
+                for number, row in enumerate(rows):
+                    if kind == "texts":
+                        texts[row] = path.name, number
+                    else:
+                        self.rows[row[0], row[1], tuple(row[2])] = path.name, number
+        except (OSError, ValueError) as problem:
+            errors.refuse(f"--precomputed_dir: {problem}")
+        self.texts = Texts(self, texts)
+        # Like lru_cache on a method, but for this folder only.
+        self.opened = functools.lru_cache(OPEN)(self._open)
+
+    def _open(self, name: str):
+        from safetensors import safe_open
+
+        return safe_open(str(self.folder / name), framework="pt")
+
+    def read(self, place: tuple[str, int], names: Sequence[str] | None = None) -> dict:
+        opened, row = self.opened(place[0]), place[1]
+        return {name: opened.get_slice(name)[row : row + 1][0] for name in names or sorted(opened.keys())}
+
+    def get(self, key: str, flip: bool, shape: tuple[int, int]):
+        found = self.read(self.rows[key, bool(flip), shape], ("mean", "std"))
+        return found["mean"].float(), found["std"].float()
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        return {"dtype": self.identity["dtype"], "precision": self.identity["precision"]}
+
+    @property
+    def rounding(self) -> list[str]:
+        """Precisions in which it was computed and is stored; [] where both are full."""
+        return list(self.kinds.values()) if set(self.kinds.values()) != {"float32"} else []
+
+    def differing(self, **wanted) -> list[str]:
+        return [f"--precomputed_dir {self.folder}: {line}" for line in _table(_differing(self.identity, wanted))]
+
+
+class Texts(Mapping):
+    """Caption => {"text": (tokens, c), ...}."""
+
+    def __init__(self, store: Store, places: dict[str, tuple[str, int]]):
+        self.store, self.places = store, places
+
+    def __getitem__(self, text: str) -> dict:
+        return self.store.read(self.places[text])
+
+    def __contains__(self, text) -> bool:  # Mapping's own would read the row
+        return text in self.places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
