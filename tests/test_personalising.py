@@ -1,6 +1,7 @@
 """The reason for all of it, on the embedded model: five photos teach one dog, and other dogs stay other dogs."""
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,31 @@ def test_with_class_images_it_stays_itself(scores):
     assert scores["full, prior"]["diversity"] > scores["full"]["diversity"] + 0.2
     assert scores["full, prior"]["class likeness"] < scores["full"]["class likeness"] - 0.2
     assert scores["full, prior"]["dogs"] > 0.8
+
+
+def test_captioned_pictures_teach_a_style(tmp_path):
+    """Forty pictures in two inks, with their usual captions, turn the model's drawings into such prints."""
+    import train_text_to_image
+    from toybox import evaluate, style
+    from toybox.judge import Judge
+
+    style.write(tmp_path / "pictures", 40)
+    options = "--train_batch_size 8 --learning_rate 3e-4 --max_train_steps 100 --use_ema --ema_decay 0.95 --seed 0"
+    options += " --checkpointing_steps 0 --report_to none --validation_split 0.1 --validation_steps 50"
+    words = ["--pretrained_model_name_or_path", "toybox", "--train_data_dir", str(tmp_path / "pictures")]
+    words += ["--output_dir", str(tmp_path / "run"), *options.split()]
+    train_text_to_image.main(train_text_to_image.parse_args(words))
+
+    prompts = ["a photo of a dog on a beach", "a photo of a house in the snow", "a red car in the city"] * 2
+    found = {}
+    for name, model in {"base": ROOT / "toybox/sd", "style": tmp_path / "run"}.items():
+        drawn = evaluate.draw_pictures(evaluate.load_pipeline(model), prompts, seed=3, steps=12)
+        things = [Judge.load(ROOT / "toybox/judge").agreement(drawn[k::3], thing=thing)["thing"]
+                  for k, thing in enumerate(("dog", "house", "car"))]  # fmt: skip
+        found[name] = style.score(drawn), sum(things) / 3
+    print(found)
+    assert found["style"][0] > found["base"][0] + 0.3
+    assert found["style"][1] > 0.3  # chance is 1 in 12; the judge has never seen such prints
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    held_out = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    assert held_out[-1] < 0.7 * held_out[0]
