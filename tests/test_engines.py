@@ -68,11 +68,15 @@ def test_deepspeed_is_the_same_training(tmp_path, monkeypatch, options):
                 torch.testing.assert_close(state(tmp_path / name)[number][kind], value, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("options", [{"on_nan": "skip"}, {"scale": 2.0**10}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"on_nan": "skip", "poison": 3}, {"on_nan": "skip", "poison": -3}, {"scale": 2.0**10, "poison": 3}],
+    ids=str,
+)
 def test_deepspeed_takes_no_step_that_is_not_finite(tmp_path, monkeypatch, options):
-    train(tmp_path / "plain", poison=3, **CLIPPED, **options)
+    train(tmp_path / "plain", **CLIPPED, **options)
     asks_for_deepspeed(monkeypatch)
-    train(tmp_path / "left_out", poison=3, **CLIPPED, **options)
+    train(tmp_path / "left_out", **CLIPPED, **options)
     left_out = [json.loads(line) for line in (tmp_path / "left_out" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in left_out if "skipped" in row] == [3]
     for one, two in list(zip(told(tmp_path / "left_out"), told(tmp_path / "plain"), strict=True))[3:]:
@@ -111,6 +115,26 @@ def test_optimizers_that_need_whole_weights_are_refused(monkeypatch, capsys, sd1
             script.parse_args(shlex.split(f"{command(sd1, photos, 'run')} {words}"))
         assert refused.value.code == 2
         assert f"{words} with FSDP" in capsys.readouterr().err
+
+
+def test_the_plan_knows_where_memory_is_taken(monkeypatch, capsys, sd1, photos):
+    script = importlib.import_module("train_dreambooth")
+
+    def planned(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        script.main(script.parse_args(shlex.split(f"{command(sd1, photos, 'run')} --dry_run")))
+        for name in variables:
+            monkeypatch.delenv(name)
+        said = capsys.readouterr().out
+        return {words[0]: words[1:] for words in map(str.split, said.splitlines()) if words}
+
+    alone, offloaded = planned(), planned(ACCELERATE_USE_DEEPSPEED="true")
+    shared = planned(ACCELERATE_USE_FSDP="true", WORLD_SIZE="2")
+    assert "optimizer" in alone and "optimizer" not in offloaded
+    assert offloaded["disk"] == alone["disk"] == shared["disk"]
+    assert float(shared["unet"][0]) == pytest.approx(float(alone["unet"][0]) / 2, rel=0.01)
+    assert shared["vae"] == alone["vae"]
 
 
 def command(model, photos, folder):

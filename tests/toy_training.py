@@ -86,7 +86,7 @@ def train(
     optimizer="adamw",
     max_norm=1.0,
     pause=0.0,
-    poison=None,  # the step in which a loss becomes NaN
+    poison=None,  # the step in which a loss becomes NaN; if negative, infinite with finite gradients
     width=4,
     dropout=True,
     lost=0,  # the step in which a picture cannot be read by the last rank
@@ -130,6 +130,8 @@ def train(
             if poison == step:
                 error = error * torch.tensor([1.0] * (batch - 1) + [float("nan")])
                 loss = error.mean()
+            if poison == -step:
+                loss = loss + float("inf")
             run.backward(loss, learns, chosen, schedule, max_norm=max_norm, error=error.detach())
         if run.due(step, 1):
             average.update(step)

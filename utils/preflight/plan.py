@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils import buckets, targets
+from utils.arguments.relations import engine_asked_for
 
 # A stored network: its optional variant (fp16) and shard number stand between name and ending.
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.safetensors")
@@ -37,7 +38,8 @@ class Plan:
     checkpoints: int | None = None  # that will stay on disk
     checkpoint_bytes: int = 0
     result_bytes: int = 0
-    memory: dict[str, int] = field(default_factory=dict)  # what holds it -> bytes
+    memory: dict[str, int] = field(default_factory=dict)  # what holds it -> bytes on each GPU
+    main_memory: int = 0  # bytes that an engine keeps there
 
 
 def outline(
@@ -183,6 +185,11 @@ def _memory_and_disk(plan: Plan, args, adapters: bool) -> None:
         plan.memory["average"] = 4 * learning
     plan.checkpoint_bytes = 4 * learning + plan.memory["optimizer"] + plan.memory.get("average", 0)
     plan.result_bytes = 4 * learning if adapters else sum(plan.memory[name] for name in plan.networks)
+    if engine_asked_for() == "DeepSpeed":  # and its own copy of the weights
+        plan.main_memory = plan.memory.pop("gradients") + plan.memory.pop("optimizer") + 4 * learning
+    if engine_asked_for() == "FSDP":
+        for name in {*plan.learns, "adapters", "gradients", "optimizer", "average"} & plan.memory.keys():
+            plan.memory[name] //= _processes()
 
 
 def lines(plan: Plan, args: argparse.Namespace) -> list[str]:
@@ -202,6 +209,8 @@ def lines(plan: Plan, args: argparse.Namespace) -> list[str]:
         total = size(sum(plan.memory.values()))
         said.append(f"memory    at least {total}, activations come on top:")
         said += [f"          {name:<16}{size(count):>10}" for name, count in plan.memory.items()]
+        if plan.main_memory:
+            said.append(f"          gradients and optimizer take {size(plan.main_memory)} of main memory instead")
         if not args.train_text_encoder:
             said.append("          text encoders leave once the prompts are encoded")
         kept = f"{plan.checkpoints or 'some'} checkpoints of {size(plan.checkpoint_bytes)}"
