@@ -356,6 +356,7 @@ def test_a_resume_knows_of_every_option_that_changes_what_is_learned(script):
     program = importlib.import_module(script)
     needed = ["--train_data_dir=d"] if "text_to_image" in script else ["--instance_data_dir=d", "--instance_prompt=p"]
     args = program.parse_args(["--pretrained_model_name_or_path=m", *needed])
+    assert "| arguments.identity(args)" in Path(program.__file__).read_text()
     assert arguments.identity(args) == {}, "options at their defaults leave older checkpoints as they are"
     sorted_in = [COMPARED.keys(), set(TOLD.split()), set(CHANGEABLE.split()), WITHOUT_EFFECT]
     unsorted = {name: sum(name in names for names in sorted_in) for name in vars(args)}
