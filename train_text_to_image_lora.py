@@ -51,7 +51,7 @@ def main(args):
         project=args.tracker_project_name,
         config=arguments.public(args),
         max_minutes=args.max_train_minutes,
-        resuming=bool(args.resume_from_checkpoint),
+        resuming=args.resume_from_checkpoint,
     )
     family = call(models.family_of, args.pretrained_model_name_or_path)
 
@@ -219,8 +219,7 @@ def main(args):
             run.also(run.step, validation_loss=held_out.measure())
             sampler.draw(run.step)
     except BaseException:  # a full disk, a base model that has gone: what was learned must not go with it
-        if run.world == 1:  # several processes no longer agree on what comes next
-            saved.save(run.step)
+        saved.rescue(run.step)
         raise
     if run.is_main:
         hub.card(
@@ -247,7 +246,7 @@ def main(args):
     run.say(f"done: '{run.output_dir}' holds the adapters, samples/ and report.html")
     published = True
     if args.push_to_hub and run.is_main:
-        published = hub.publish(run.output_dir, args.hub_model_id, private=args.hub_private)
+        published = hub.publish(run.output_dir, args.hub_model_id, private=args.hub_private, give_up=run.stop.requested)
     run.finish(0 if published else hub.NOT_PUBLISHED)
 
 

@@ -11,7 +11,6 @@ with a checkpoint whose optimizer has forgotten its past: a comparison that coul
 
 import argparse
 import hashlib
-import json
 import os
 import random
 import re
@@ -135,7 +134,7 @@ def soak(script, options, folder: Path, kills: int, mid_save: int, seed: int, ru
 
 def one_life(command: list, folder: Path, aim: str, rng: random.Random, output) -> dict:
     """Starts the run and kills it: while it starts, after some steps, or as soon as it writes a checkpoint then."""
-    first = newest(folder)
+    first, earlier = newest(folder), hidden(folder)  # what the kill before left lies there until the run resumes
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=output, stderr=output)
     if aim == "start":
@@ -144,17 +143,17 @@ def one_life(command: list, folder: Path, aim: str, rng: random.Random, output) 
         target = first + rng.randint(1, MOST_STEPS)
         wait(process, lambda: newest(folder) >= target)
         if aim == "save":
-            wait(process, lambda: staged(folder))
+            wait(process, lambda: any(map(STAGED.fullmatch, hidden(folder) - earlier)))
         else:
             time.sleep(0.05 * rng.random())
     process.kill()
     code = process.wait(PATIENCE)
     if code != -signal.SIGKILL:
         raise SystemExit(f"the run ended by itself with {code} before it could be killed, see {output.name}")
-    hidden = [path.name for path in folder.glob(".tmp-*")] if folder.is_dir() else []
-    where = "before the first step" if newest(folder) == first else "between saves"
-    if hidden:
-        where = "in mid-save" if staged(folder) else "while an old checkpoint was deleted"
+    left = hidden(folder) - earlier
+    where = PLACES[3] if newest(folder) == first else PLACES[2]
+    if left:
+        where = PLACES[0] if any(map(STAGED.fullmatch, left)) else PLACES[1]
     return {"where": where, "step": newest(folder), "seconds": round(time.monotonic() - began, 1)}
 
 
@@ -170,8 +169,9 @@ def newest(folder: Path) -> int:
     return max((step for step, _ in manifests.listed(folder)), default=0)
 
 
-def staged(folder: Path) -> bool:
-    return folder.is_dir() and any(STAGED.fullmatch(name) for name in os.listdir(folder))
+def hidden(folder: Path) -> set[str]:
+    """What is being written, replaced or deleted: it must never be taken for a checkpoint."""
+    return {name for name in os.listdir(folder) if name.startswith(".tmp-")} if folder.is_dir() else set()
 
 
 def forget(checkpoint: Path) -> None:

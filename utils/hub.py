@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from html import escape
 from pathlib import Path
@@ -107,6 +107,7 @@ def publish(
     private: bool = True,  # for a new repository; one that exists stays as it is
     token: str | None = None,  # or env:NAME; default: HF_TOKEN or the login
     waits: tuple = WAITS,
+    give_up: Callable[[], bool] = lambda: False,  # asked between attempts: a job that was told to stop waits no longer
 ) -> bool:
     """Upload what `selected` names, in one commit. False when that failed, said on stderr with the way to repeat it."""
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
@@ -129,10 +130,14 @@ def publish(
             return True
         except Exception as problem:  # whatever it is: the result is on disk, and the run must end well
             reason = _reason(problem, token)
-            if wait is None or not passing(problem):
+            if wait is None or not passing(problem) or give_up():
                 break
             errors.warn(f"upload failed ({reason}); once more in {wait} s")
-            time.sleep(wait)
+            until = time.monotonic() + wait
+            while time.monotonic() < until and not give_up():
+                time.sleep(min(0.2, wait))
+            if give_up():
+                break
     again = f"python -m utils.hub {json.dumps(str(output_dir))} --hub_model_id {model_id}" + " --public" * (not private)
     errors.warn(f"not published: {reason}. Everything is in {output_dir}. To try again: {again}")
     return False

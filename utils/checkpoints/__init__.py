@@ -85,6 +85,21 @@ class Checkpoints:
             errors.warn(f"{target}: not saved ({problem}); older checkpoints are untouched, training goes on.")
         return None
 
+    def rescue(self, step: int) -> None:
+        """After a failure, from inside an except: the main process writes alone, for the others may be gone."""
+        target = self.folder / f"checkpoint-{step}"
+        if not _is_main() or self.saved_step == step:
+            return
+        if _several() and any(_is_sharded(entry) for entry in self.state.values()):
+            errors.warn(f"{target}: not saved, for each process holds a part only; older checkpoints are untouched.")
+            return
+        try:
+            self._write(step, target, {name: _state_of(entry) for name, entry in self.state.items()})
+        except (OSError, SafetensorError) as problem:
+            errors.warn(f"{target}: not saved either ({problem}); older checkpoints are untouched.")
+        else:
+            errors.warn(f"the result could not be written, but {target} holds what was learned; resume from it.")
+
     def _write(self, step: int, target: Path, read: dict) -> None:
         staged = self.folder / f"{STAGED}{step}-{uuid.uuid4().hex[:8]}"
         try:
@@ -166,7 +181,7 @@ class Checkpoints:
 
     def _find(self, which: str, allow_mismatch) -> dict | None:
         if which != "latest":
-            folder = self._named(which)
+            folder = manifests.named(self.folder, which)
             fault = manifests.fault(folder, self.verify)
             if fault:
                 return {"complaints": f"--resume_from_checkpoint {which}: {folder}: {fault}."}
@@ -180,11 +195,6 @@ class Checkpoints:
         if not listed:
             return None
         return {"complaints": f"--resume_from_checkpoint latest: none in {self.folder} is whole; remove them first."}
-
-    def _named(self, which: str) -> Path:
-        """A path is that path; only a bare name is looked for in the output folder first."""
-        inside = self.folder / which
-        return inside if Path(which).name == which and inside.exists() else Path(which).expanduser()
 
     def _fitting(self, folder: Path, allow_mismatch) -> dict:
         manifest = manifests.read(folder)
@@ -236,6 +246,11 @@ def _load_entry(name: str, entry, folder: Path, step: int) -> None:
             group.update({option: now[option] for option in OPTIONS if option in now})
     restore = getattr(entry, "load_state_dict", None) or entry.restore
     restore(state)
+
+
+def _is_sharded(entry) -> bool:
+    groups = getattr(entry, "param_groups", [])
+    return any(hasattr(weight, "full_tensor") for group in groups for weight in group["params"])
 
 
 def _several() -> bool:

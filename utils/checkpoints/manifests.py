@@ -42,6 +42,12 @@ def listed(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
+def named(folder: Path, which: str) -> Path:
+    """A path is that path; only a bare name is looked for in the output folder first."""
+    inside = folder / which
+    return inside if Path(which).name == which and inside.exists() else Path(which).expanduser()
+
+
 def read(folder: Path) -> dict:
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 

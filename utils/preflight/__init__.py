@@ -92,8 +92,10 @@ def print_plan(args: argparse.Namespace) -> None:
 
 def _clear(folder: Path) -> None:
     """Remove what an earlier run left and nothing else; a run that is still going on keeps its folder."""
-    from utils.runtime import startup  # it may load torch: everything is checked by now
+    from utils import runtime  # it may load torch: everything is checked by now
+    from utils.runtime import startup
 
+    runtime.close_last()
     lock = startup.FolderLock(folder)
     owner = lock.take()
     if owner:
@@ -131,6 +133,11 @@ def _output(args, problems: Problems) -> None:
     first = os.environ.get("RANK", "0") == "0"  # the others may already see what the first one of this run wrote
     entries = sorted(folder.iterdir()) if first and folder.is_dir() else []
     left = [entry.name for entry in entries if _is_result(entry)]
+    if left and resume and not _goes_on(folder, resume):
+        problems.options.append(
+            f"--output_dir {folder} already holds a run ({', '.join(left[:3])}{', ...' if left[3:] else ''}), and"
+            f" --resume_from_checkpoint {resume} is of another: name an empty folder, or latest to go on with this run"
+        )
     if left and not resume and not args.overwrite_output_dir:
         problems.options.append(
             f"--output_dir {folder} already holds a run ({', '.join(left[:3])}{', ...' if left[3:] else ''}): add"
@@ -143,6 +150,12 @@ def _output(args, problems: Problems) -> None:
                 f"--output_dir {folder} holds {', '.join(theirs)}, not written by a run, which this one would replace;"
                 " name another folder"
             )
+
+
+def _goes_on(folder: Path, resume: str) -> bool:
+    """Whether the checkpoint is one of the run in this folder."""
+    path = folder / resume if Path(resume).name == resume else Path(resume).expanduser()
+    return resume == "latest" or path.resolve().parent == folder.resolve()
 
 
 def _is_result(entry: Path) -> bool:

@@ -10,7 +10,6 @@ import base64
 import functools
 import hashlib
 import json
-import os
 import re
 import shlex
 import sys
@@ -60,8 +59,8 @@ class Report:
     def build(self) -> str:
         rows = curves.read_metrics(self.folder / "metrics.jsonl")
         settings = read_settings(self.folder)
-        prompts, shown, left_out = self._samples()
         step = rows[-1]["step"] if rows else 0
+        prompts, shown, left_out = self._samples(max(step, getattr(self.run, "step", 0)))
         chosen, others = split_settings(settings, self.defaults)
         sessions = _sessions(self.run, self.folder)
         total = self.total_steps or getattr(self.run, "total", None)
@@ -85,9 +84,10 @@ class Report:
             resume=self.resume_command if any(self.folder.glob("checkpoint-*")) else None,
         )
 
-    def _samples(self) -> tuple[list[dict], int, int]:
+    def _samples(self, last: int) -> tuple[list[dict], int, int]:
         """One strip per prompt; columns are steps, rows are seeds."""
-        found = gallery.sample_files(self.folder)
+        # Not those past the last step: a run that went back to an older checkpoint has not drawn them.
+        found = {step: files for step, files in gallery.sample_files(self.folder).items() if step <= last}
         steps = _spread(sorted(found), MOST_STEPS)
         strips = {}
         for step in steps:
@@ -163,9 +163,7 @@ def command_again() -> str:
     """The command that started this process, launcher included and without any secret, asking to resume."""
     from utils.runtime import signals  # which brings torch along: only a run needs it
 
-    words = signals.launcher_words()
-    start = next((k for k, word in enumerate(words) if os.path.basename(word).startswith("accelerate")), None)
-    words = ["python", *sys.argv] if start is None else ["accelerate", *words[start + 1 :]]
+    words = signals.launcher_words() or signals.launcher_words("torchrun") or ["python", *sys.argv]
     kept, skip = [], False
     for word in words:
         name = word.split("=")[0]

@@ -36,13 +36,12 @@ def start(
     on_nan: str = "stop",  # or "skip": leave out optimizer steps whose gradients are not finite
     on_loss_spike: str = "warn",  # or "stop", "off": when the smoothed loss is far above its usual course
     max_minutes: float | None = None,
-    resuming: bool = False,
+    resuming: str | None = None,  # what the run goes on from: latest, or a checkpoint
     compile: bool = False,  # also on when accelerate's own dynamo settings ask for it
     log_every: int = 1,  # optimizer steps between lines of metrics.jsonl
 ) -> "Run":
     global _current
-    if _current is not None:
-        _current.close()
+    close_last()
     startup.quiet()
     stop = signals.Stop(max_minutes)
     accelerator = startup.accelerator(mixed_precision, accumulate, report_to, Path(output_dir), logging_dir, compile)
@@ -57,6 +56,12 @@ def start(
     return run
 
 
+def close_last() -> None:
+    """A run that an exception broke off in a notebook still holds its folder."""
+    if _current is not None:
+        _current.close()
+
+
 class Run:
     """One training run in one process; `start` makes it."""
 
@@ -68,7 +73,7 @@ class Run:
         self.device, self.rank, self.world = accelerator.device, accelerator.process_index, accelerator.num_processes
         self.is_main = accelerator.is_main_process
         self.dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)  # of weights that do not learn
-        self.seed, self.resuming, self.config = None, False, {}
+        self.seed, self.resuming, self.config = None, None, {}
         self.step = 0  # optimizer steps that are completed
         self.total = None  # None until training begins
         self.clock, self.metrics = progress.Clock(), progress.Metrics(output_dir)
@@ -195,7 +200,7 @@ class Run:
     def write_timings(self) -> None:
         """timings.json: one entry a session, this one so far."""
         told = {**self.session, "last_step": self.step, **self.clock.summary(self.device)}
-        progress.write_timings(self.output_dir, told, self.resuming)
+        progress.write_timings(self.output_dir, told, bool(self.resuming))
 
     # Training
 

@@ -15,6 +15,15 @@ from utils import errors
 
 # Ctrl-C under a launcher arrives twice, from the terminal and from the launcher: so close together it is one wish.
 SAME_WISH_SECONDS = 0.5
+LAUNCHERS = {  # what stands in a process list, and the words that start the same
+    "accelerate": ["accelerate"],
+    "accelerate.commands.accelerate_cli": ["accelerate"],
+    "accelerate-launch": ["accelerate", "launch"],
+    "accelerate.commands.launch": ["accelerate", "launch"],
+    "torchrun": ["torchrun"],
+    "torch.distributed.run": ["torchrun"],
+}
+TRACES = {"accelerate": "ACCELERATE_MIXED_PRECISION", "torchrun": "TORCHELASTIC_RUN_ID"}  # left in the environment
 CODES = {"SIGINT": errors.INTERRUPTED, "SIGTERM": errors.TERMINATED, "SIGHUP": errors.TERMINATED}
 
 
@@ -84,18 +93,24 @@ def _interactive() -> bool:
     return hasattr(sys, "ps1") or "ipykernel" in sys.modules
 
 
-def launcher_words(pid: int | None = None) -> list[str]:
-    """The command line of the `accelerate launch` that started this process; empty when something else did.
+def launcher_words(name: str = "accelerate") -> list[str]:
+    """The command line of the `accelerate launch` (or `torchrun`) that started this process, from the launcher's name
+    on; empty when something else did.
 
     Settings in the environment alone prove nothing, people export them in their shell.
     """
+    if TRACES[name] not in os.environ:
+        return []
     try:
-        with open(f"/proc/{pid or os.getppid()}/cmdline", encoding="utf-8", errors="replace") as file:
+        with open(f"/proc/{os.getppid()}/cmdline", encoding="utf-8", errors="replace") as file:
             words = file.read().split("\0")[:-1]
     except OSError:
         return []
-    started = any(os.path.basename(word).startswith("accelerate") for word in words[:3])
-    return words if started and "ACCELERATE_MIXED_PRECISION" in os.environ else []
+    for place, word in enumerate(words[:3]):  # python, -m, the launcher
+        meant = LAUNCHERS.get(os.path.basename(word), [""])
+        if meant[0] == name:
+            return [*meant, *words[place + 1 :]]
+    return []
 
 
 def follow_launcher() -> None:

@@ -1,6 +1,7 @@
 """Settled before a run starts: how many processes, what arithmetic, whose folder, which seed, what may be told."""
 
 import atexit
+import contextlib
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 from utils import errors
+from utils.checkpoints import manifests
 from utils.runtime import engines, signals
 
 SETTINGS = "training_config.yaml"
@@ -208,22 +210,31 @@ class FolderLock:
             return "another process"
 
 
-def settle_seed(seed: int | None, folder: Path, resuming: bool) -> int:
+def settle_seed(seed: int | None, folder: Path, resuming: str | None) -> int:
     """The seed of the command, else that of the run being resumed, else a new one (said and written, so repeatable)."""
+    if seed is None and resuming:
+        seed = _earlier_seed(Path(folder), resuming)
     if seed is not None:
         return int(seed)
-    if resuming:
-        import yaml
-
-        try:
-            earlier = yaml.safe_load((Path(folder) / SETTINGS).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
-            earlier = None
-        if isinstance(earlier, dict) and isinstance(earlier.get("seed"), int):
-            return earlier["seed"]
     seed = secrets.randbelow(2**31)
     print(f"seed {seed} (drawn; --seed {seed} repeats this run)", flush=True)
     return seed
+
+
+def _earlier_seed(folder: Path, resuming: str) -> int | None:
+    """From the checkpoint itself, which may be another run's; a run that has none yet told its settings."""
+    import yaml
+
+    if resuming == "latest":
+        candidates = [path for _, path in reversed(manifests.listed(folder))]
+    else:
+        candidates = [manifests.named(folder, resuming)]
+    for path in candidates:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return int(manifests.read(path)["identity"]["seed"])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return int(yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))["seed"])
+    return None
 
 
 def write_settings(folder: Path, config: dict) -> None:
