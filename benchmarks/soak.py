@@ -32,8 +32,8 @@ import results  # noqa: E402
 from utils.checkpoints import manifests  # noqa: E402
 
 STAGED = re.compile(r"\.tmp-checkpoint-\d+-[0-9a-f]{8}")  # being written; other names: being replaced or deleted
-MOST_STEPS = 8  # between two kills
-SPARE_STEPS = 8  # for every life: on a busy machine the kill comes late
+MOST_STEPS = 6  # between two kills
+SPARE_STEPS = 6  # for every life: on a busy machine the kill comes late
 PATIENCE = 600  # seconds for any one thing to happen
 # Everything that has a state of its own, or a random draw.
 OPTIONS = (
@@ -135,18 +135,20 @@ def soak(script, options, folder: Path, kills: int, mid_save: int, seed: int, ru
 def one_life(command: list, folder: Path, aim: str, rng: random.Random, output) -> dict:
     """Starts the run and kills it: while it starts, after some steps, or as soon as it writes a checkpoint then."""
     first, earlier = newest(folder), hidden(folder)  # what the kill before left lies there until the run resumes
-    began = time.monotonic()
+    began, chance = time.monotonic(), rng.random()
+    target = first + rng.randint(1, MOST_STEPS)
     process = subprocess.Popen(command, stdout=output, stderr=output)
-    if aim == "start":
-        wait(process, lambda: time.monotonic() - began > 3 * rng.random())
-    else:
-        target = first + rng.randint(1, MOST_STEPS)
-        wait(process, lambda: newest(folder) >= target)
+    try:
+        if aim == "start":
+            wait(process, lambda: time.monotonic() - began > 5 * chance)
+        else:
+            wait(process, lambda: newest(folder) >= target)
         if aim == "save":
             wait(process, lambda: any(map(STAGED.fullmatch, hidden(folder) - earlier)))
-        else:
-            time.sleep(0.05 * rng.random())
-    process.kill()
+        elif aim == "step":
+            time.sleep(0.1 * chance)
+    finally:
+        process.kill()
     code = process.wait(PATIENCE)
     if code != -signal.SIGKILL:
         raise SystemExit(f"the run ended by itself with {code} before it could be killed, see {output.name}")
