@@ -223,7 +223,7 @@ def test_a_broken_picture_is_left_out_and_a_failed_write_leaves_the_old_page(tmp
 
 
 def test_resume_command_carries_no_secret(monkeypatch):
-    monkeypatch.setattr(signals, "launcher_words", list)
+    monkeypatch.setattr(signals, "launcher_words", lambda name="accelerate": [])
     monkeypatch.setattr(sys, "argv", ["train.py", "--hub_token", "hf_abc", "--rank=4", "--instance_prompt", "a dog"])
     assert (
         report.command_again() == "python train.py --rank=4 --instance_prompt 'a dog' --resume_from_checkpoint latest"
@@ -232,10 +232,10 @@ def test_resume_command_carries_no_secret(monkeypatch):
         sys, "argv", ["t.py", "--hub_token=hf_abc", "--resume_from_checkpoint=latest", "--overwrite_output_dir"]
     )
     assert report.command_again() == "python t.py --resume_from_checkpoint latest"
-    words = ["/bin/python", "/bin/accelerate", "launch", "--num_processes", "1", "t.py", "--hub_token", "hf_abc", "-x"]
-    monkeypatch.setattr(signals, "launcher_words", lambda: words)
-    wanted = "accelerate launch --num_processes 1 t.py -x --resume_from_checkpoint latest"
-    assert report.command_again() == wanted
+    for launcher in (["accelerate", "launch", "--num_processes", "1"], ["torchrun", "--nproc_per_node", "2"]):
+        words = [*launcher, "t.py", "--hub_token", "hf_abc", "-x"]
+        monkeypatch.setattr(signals, "launcher_words", lambda name="accelerate", w=words: w if w[0] == name else [])
+        assert report.command_again() == " ".join([*launcher, "t.py", "-x", "--resume_from_checkpoint", "latest"])
 
 
 def test_photos_are_shown_as_the_network_sees_them(photos, class_photos, tmp_path):

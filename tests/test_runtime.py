@@ -201,8 +201,8 @@ def test_settings_are_saved_without_secrets(tmp_path, monkeypatch):
 def test_a_drawn_seed_is_said_saved_and_found_again(tmp_path, capsys):
     seed = runtime.start(tmp_path, config={"seed": None}).seed
     assert f"--seed {seed}" in capsys.readouterr().out
-    assert runtime.start(tmp_path, config={"seed": None}, resuming=True).seed == seed
-    assert runtime.start(tmp_path, seed=5, config={"seed": 5}, resuming=True).seed == 5
+    assert runtime.start(tmp_path, config={"seed": None}, resuming="latest").seed == seed
+    assert runtime.start(tmp_path, seed=5, config={"seed": 5}, resuming="latest").seed == 5
     others = {runtime.start(tmp_path, config={"seed": None}).seed for _ in range(3)}
     assert len(others) == 3
 

@@ -94,7 +94,7 @@ def train(
     scale=None,  # of the loss, as in fp16
     **options,
 ):
-    run = runtime.start(folder, seed=7, accumulate=accumulate, resuming=bool(resume), **options)
+    run = runtime.start(folder, seed=7, accumulate=accumulate, resuming=resume, **options)
     family, learns = Family(), Learns(width)
     if scale:
         run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)

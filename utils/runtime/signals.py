@@ -15,6 +15,7 @@ from utils import errors
 
 # Ctrl-C under a launcher arrives twice, from the terminal and from the launcher: so close together it is one wish.
 SAME_WISH_SECONDS = 0.5
+SAME_WISH_SECONDS_LAUNCHED = 5.0  # torchrun on a busy machine takes its time to pass a signal on
 LAUNCHERS = {  # what stands in a process list, and the words that start the same
     "accelerate": ["accelerate"],
     "accelerate.commands.accelerate_cli": ["accelerate"],
@@ -67,7 +68,8 @@ class Stop:
     def _receive(self, number, frame) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
         # A launcher that dies of the same Ctrl-C hangs up a little later: also no second wish.
-        repeated = self.since and now - self.since > SAME_WISH_SECONDS and name != "SIGHUP"
+        close = SAME_WISH_SECONDS_LAUNCHED if TRACES["torchrun"] in os.environ else SAME_WISH_SECONDS
+        repeated = self.since and now - self.since > close and name != "SIGHUP"
         if not repeated:
             if not self.since:
                 self.reason, self.since = name, now
