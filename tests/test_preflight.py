@@ -188,6 +188,15 @@ def test_folder_with_a_run(parse, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     preflight.check(parse("--overwrite_output_dir"))
     assert {path.name for path in out.iterdir()} - {".run.lock"} == {"mine"}
+    # A checkpoint of another run continues in a folder of its own, not in one that holds a third.
+    (tmp_path / "other" / "checkpoint-5").mkdir(parents=True)
+    elsewhere = f"--resume_from_checkpoint={tmp_path / 'other' / 'checkpoint-5'}"
+    preflight.check(parse(elsewhere))
+    (out / "checkpoint-10").mkdir()
+    preflight.check(parse(f"--resume_from_checkpoint={out / 'checkpoint-10'}"))
+    said = refused(capsys, parse(elsewhere))[0]
+    assert "already holds a run (checkpoint-10)" in said and "is of another" in said
+    (out / "checkpoint-10").rmdir()
     (out / "training_config.yaml").write_text("a start that failed")
     preflight.check(parse())
     said = refused(capsys, parse("--resume_from_checkpoint=checkpoint-7"))[0]

@@ -182,6 +182,18 @@ def test_many_validations_keep_the_first_and_the_newest(tmp_path):
     assert "20 of 61 validations" in text
 
 
+def test_pictures_of_a_course_that_was_left_are_not_shown(tmp_path):
+    """Back at step 200: what stands at 250 and later was drawn by other weights."""
+    run = make_run(tmp_path / "run", images=1)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines[:200]))
+    page = report.Report(run, 400).build()
+    assert "samples/step-000200/" in page and "samples/step-000250/" not in page
+    run.step = 260  # a validation comes before the line of its step when not every step is told
+    page = report.Report(run, 400).build()
+    assert "samples/step-000250/" in page and "samples/step-000300/" not in page
+
+
 def test_the_session_that_goes_on_counts_once(tmp_path):
     import torch
 

@@ -17,7 +17,7 @@ import yaml
 
 from tests import toy_training
 from tests.toy_training import Family, Learns, train
-from utils import runtime
+from utils import checkpoints, runtime
 from utils.runtime import guard, progress, signals, startup
 
 BIN = Path(sys.executable).parent
@@ -205,6 +205,22 @@ def test_a_drawn_seed_is_said_saved_and_found_again(tmp_path, capsys):
     assert runtime.start(tmp_path, seed=5, config={"seed": 5}, resuming="latest").seed == 5
     others = {runtime.start(tmp_path, config={"seed": None}).seed for _ in range(3)}
     assert len(others) == 3
+
+
+def test_the_seed_of_a_run_comes_with_its_checkpoint(tmp_path, capsys):
+    """Also of another run's, which the output folder knows nothing of, and of one whose settings are lost."""
+    for seed, name in ((5, "theirs"), (6, "mine")):
+        checkpoints.Checkpoints(tmp_path / name, state={}, identity={"seed": seed}).save(3)
+    startup.write_settings(tmp_path / "mine", {"seed": 7})
+    theirs = str(tmp_path / "theirs" / "checkpoint-3")
+    for which, seed in ((theirs, 5), ("checkpoint-3", 6), ("latest", 6)):
+        assert startup.settle_seed(None, tmp_path / "mine", which) == seed
+    assert startup.settle_seed(9, tmp_path / "mine", theirs) == 9
+    assert startup.settle_seed(None, tmp_path / "theirs", "latest") == 5
+    assert "drawn" not in capsys.readouterr().out
+    (tmp_path / "theirs" / "checkpoint-3" / "manifest.json").write_text("[1]")
+    startup.settle_seed(None, tmp_path / "theirs", "latest")
+    assert "drawn" in capsys.readouterr().out
 
 
 def test_metrics_are_cut_back_to_the_resumed_step(tmp_path):
@@ -431,6 +447,47 @@ def test_a_signal_stops_after_the_step_and_saves(tmp_path, capsys, name, code):
     step = told(tmp_path)[-1]["step"]
     assert f"stopped after step {step} of 2000" in capsys.readouterr().out
     assert train(tmp_path, total=step + 3, every=0, resume="latest") == train(tmp_path / "b", total=step + 3, every=0)
+
+
+def test_torchrun_passes_a_wish_on_late(monkeypatch):
+    for launched in (False, True):
+        monkeypatch.setitem(os.environ, "TORCHELASTIC_RUN_ID", "x") if launched else monkeypatch.delenv(
+            "TORCHELASTIC_RUN_ID", raising=False
+        )
+        left = []
+        monkeypatch.setattr(signals.os, "_exit", left.append)
+        stop = signals.Stop()
+        stop._receive(signal.SIGINT, None)
+        stop.since -= 2
+        stop._receive(signal.SIGINT, None)
+        assert left == ([] if launched else [130])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["torchrun", "--nproc_per_node", "2", "x.py", "--rank", "4"], {"torchrun": 0}),
+        (["accelerate", "launch", "x.py"], {"accelerate": 0}),
+        (["accelerate-launch", "x.py"], {"accelerate": ["accelerate", "launch", "x.py"]}),
+        (["train.py", "--name", "torchrun"], {}),
+    ],
+)
+def test_the_launchers_own_words(tmp_path, monkeypatch, words, found):
+    """Asked of a real process list: the parent here is a program of that name that only waits."""
+    (tmp_path / words[0]).write_text("import sys; print('here', flush=True); sys.stdin.read()")
+    command = [sys.executable, str(tmp_path / words[0]), *words[1:]]
+    parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdout.readline() == "here\n"
+        monkeypatch.setattr(os, "getppid", lambda: parent.pid)
+        for name, trace in signals.TRACES.items():
+            monkeypatch.delenv(trace, raising=False)
+            assert signals.launcher_words(name) == []  # it has left no trace in the environment
+            monkeypatch.setenv(trace, "no")
+            assert signals.launcher_words(name) == (words if found.get(name) == 0 else found.get(name, []))
+    finally:
+        parent.communicate("")
 
 
 def test_two_of_the_same_wish_are_one(tmp_path):

@@ -299,7 +299,7 @@ def add_checkpoints(parser: argparse.ArgumentParser, output_dir: str) -> None:
     add("checkpoints_total_limit", whole(1), None, "how many checkpoints to keep", unset="all")
     add("resume_from_checkpoint", folder, None, "latest (nothing there: start afresh) or a checkpoint folder")
     add("allow_resume_mismatch", text, None, "fields that may differ from the checkpoint's run", many=True)
-    add("verify_checkpoint", choice("sizes", "full"), "sizes", "compare file sizes, or every byte's checksum")
+    add("verify_checkpoint", choice("full", "sizes"), "full", "on resume: every byte's checksum, or file sizes alone")
     add("on_nan", choice("stop", "skip"), "stop", "what a loss that is not a number does; skip: leave the step out")
     help = "what a smoothed loss far above its usual course does; stop: exit code 4"
     add("on_loss_spike", choice("warn", "stop", "off"), "warn", help)
