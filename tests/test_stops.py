@@ -103,7 +103,9 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGUSR1"))]
+)
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_signal_in_any_phase(asked, uninterrupted, tmp_path, monkeypatch, capfd, phase, name):
     owner, function, call, step = PHASES[phase]
