@@ -206,6 +206,8 @@ def add_lora(parser: argparse.ArgumentParser, rank: int = 4) -> None:
     add("lora_unet_blocks", text, None, help, many=True, unset="all of it")
     help = "B-LoRA (https://arxiv.org/abs/2403.14572), for SDXL: the same as --lora_unet_blocks content style"
     add("use_blora", flag, False, help)
+    help = "keep the UNet's frozen weights in 4 or 8 bits: less memory, slower (https://arxiv.org/abs/2305.14314)"
+    add("quantize_base", choice("nf4", "int8", "fp8"), None, help)
     add("output_kohya_format", flag, False, "also write a file for AUTOMATIC1111, ComfyUI, kohya")
 
 

@@ -169,6 +169,17 @@ def _adapters(args, has, found: Findings) -> None:
         ):
             if has(name):
                 found.complaints.append(f"--init_lora_weights {start} with --{name}: {why}; leave one of them out")
+    if has("quantize_base"):
+        for name, given in (("use_dora", has("use_dora")), ("adapter", kind != "lora"), ("compile", has("compile"))):
+            if given:
+                found.complaints.append(
+                    f"--quantize_base {args.quantize_base} with --{name}: only plain LoRA layers go beside packed"
+                    " weights; leave one of them out"
+                )
+        if start in ("pissa", "olora"):
+            found.complaints.append(
+                f"--quantize_base with --init_lora_weights {start}, which takes whole weights apart; leave one out"
+            )
     if start == "orthogonal" and any(rank and rank % 2 for rank in (has("rank"), has("lora_conv_rank"))):
         found.complaints.append("--init_lora_weights orthogonal needs even ranks: A and B take half each")
     if has("loraplus_lr_ratio") and has("optimizer") == "prodigy":
