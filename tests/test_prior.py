@@ -68,11 +68,12 @@ def family(pipeline, name="base", revision=None, prediction_type=None):
     return SimpleNamespace(name=name, revision=revision, prediction_type=prediction_type, pipeline_from_disk=from_disk)
 
 
-def fill(folder, count=5, run=None, pipeline=None, prompt="a photo of dog", name="base", **options):
+def fill(folder, count=5, run=None, pipeline=None, prompt="a photo of dog", name="base", kind=None, **options):
     run = run or Run()
     pipeline = pipeline or Pipeline(run)
     options = {"batch_size": 2, "precision": None, "resolution": 16} | options
-    return prior.fill(run, family(pipeline, name), folder, prompt=prompt, count=count, **options), pipeline
+    base = family(pipeline, name, prediction_type=kind)
+    return prior.fill(run, base, folder, prompt=prompt, count=count, **options), pipeline
 
 
 def hashes(paths):
@@ -145,7 +146,7 @@ def test_the_owners_pictures_come_first_and_stay_untouched(tmp_path, capsys):
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
-@pytest.mark.parametrize("other", [{"prompt": "a photo of cat"}, {"name": "another base"}])
+@pytest.mark.parametrize("other", [{"prompt": "a photo of cat"}, {"name": "another base"}, {"kind": "sample"}])
 def test_images_of_another_prompt_or_model_are_refused(tmp_path, capsys, other):
     fill(tmp_path, count=2)
     before = hashes(tmp_path.iterdir())
