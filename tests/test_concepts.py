@@ -1,5 +1,6 @@
 """Several subjects in one run: what a list may say, which class image stands beside which photo, and whole scripts."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -145,7 +146,7 @@ def test_class_images_are_of_the_photos_concept_and_photos_count_as_often_as_tol
 def test_identity_knows_concepts_and_repeats():
     def fingerprint(**options):
         found = examples([(8, 8)] * 2, **options)
-        return datasets.DreamBooth([datasets.dataclasses.replace(one, caption="p") for one in found]).fingerprint()
+        return datasets.DreamBooth([dataclasses.replace(one, caption="p") for one in found]).fingerprint()
 
     told = [fingerprint(), fingerprint(concepts=[0, 1]), fingerprint(repeats=[1, 2]), fingerprint(repeats=[2, 1])]
     assert len(set(told)) == 4 and told[0] == fingerprint(concepts=[0, 0], repeats=[1, 1])
