@@ -109,12 +109,12 @@ def test_deepspeed_settings_that_cannot_be_honoured_are_refused(tmp_path, monkey
 
 def test_optimizers_that_need_whole_weights_are_refused(monkeypatch, capsys, sd1, photos):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    script = importlib.import_module("train_dreambooth")
-    for words in ("--use_8bit_adam", "--optimizer prodigy", "--compile", "--offload_ema"):
+    script = importlib.import_module("train_dreambooth_lora")
+    for words in ("--use_8bit_adam", "--optimizer prodigy", "--compile", "--offload_ema", "--quantize_base nf4"):
         with pytest.raises(SystemExit) as refused:
             script.parse_args(shlex.split(f"{command(sd1, photos, 'run')} {words}"))
         assert refused.value.code == 2
-        assert f"{words} with FSDP" in capsys.readouterr().err
+        assert f"{words.removesuffix(' nf4')} with FSDP" in capsys.readouterr().err
 
 
 def test_the_plan_knows_where_memory_is_taken(monkeypatch, capsys, sd1, photos):

@@ -236,7 +236,12 @@ def _engine(has, found: Findings) -> None:
             f"--{option} with {name}, for which accelerate is configured: such an optimizer needs each weight whole, "
             f"and {name} does not leave them so; use --optimizer adamw or sgd"
         )
-    for option, why in (("compile", "not tried"), ("offload_ema", "the averages are shared out like the weights")):
+    unshared = {
+        "compile": "not tried",
+        "offload_ema": "the averages are shared out like the weights",
+        "quantize_base": "packed weights cannot be shared out",
+    }
+    for option, why in unshared.items():
         if name == "FSDP" and has(option):
             found.complaints.append(f"--{option} with FSDP, for which accelerate is configured: {why}; leave it out")
 
