@@ -61,6 +61,7 @@ def parse_args(argv=None):
     add("checkpoint", folder, None, "checkpoint-N of a full run, whose networks replace the base's, or of a LoRA run")
     add("revision", text, None, "branch, tag or commit of the hub model")
     add("variant", text, None, "file variant of the weights, e.g. fp16")
+    add("clip_skip", whole(0), None, "last layers of the text encoders that are left out", unset="as in training")
     add("allow_pickle", flag, False, arguments.ALLOW_PICKLE)
     help = "VAE folder or hub name"
     add("pretrained_vae_model_name_or_path", folder, None, help, unset="what the run used, else the model's own")
@@ -130,7 +131,7 @@ def main(args):
     }
     images = validation.draw(
         pipeline,
-        {"prompt": [prompt for prompt, _ in jobs], "negative_prompt": args.negative_prompt or None},
+        assembling.words(pipeline, base, [prompt for prompt, _ in jobs], args.negative_prompt),
         [seed for _, seed in jobs],
         steps=args.num_inference_steps,
         guidance=args.guidance_scale,
@@ -213,6 +214,7 @@ def check(args):
     base = saved.base(args.pretrained_model_name_or_path, loras, args.checkpoint if modules else None, wrong)
     if base:
         base.revision, base.variant = args.revision or base.revision, args.variant or base.variant
+        base.clip_skip = base.clip_skip if args.clip_skip is None else args.clip_skip
         base.vae = args.pretrained_vae_model_name_or_path or base.vae
         parts = models.read_index(base.name, base.revision)  # refuses a name that leads nowhere
         wrong += [complaint for lora in loras if (complaint := saved.misfit(lora, base.name, parts))]

@@ -184,7 +184,7 @@ def main(args):
             latents = family.latents(batch, draws)  # pixels => (b, 4, h, w)
             noisy = corruption(latents, draws)  # inputs, timesteps, target, weight
             prediction = family.predict(noisy.inputs, noisy.timesteps, family.condition(batch, draws))
-            error = losses.squared_error(prediction, noisy.target, batch.get("mask"), args.unmasked_weight)  # (b,)
+            error = losses.error(prediction, noisy, batch.get("mask"), args.unmasked_weight)  # (b,)
             loss = losses.dreambooth(error, noisy.weight, batch["is_class"], args.prior_loss_weight)
             # The facts are looked at only when the loss is no number, to name the example.
             facts = {"timesteps": noisy.timesteps, "error": error.detach()}

@@ -24,7 +24,7 @@ def parse_args(argv=None):
     arguments.add_lora(parser, rank=4)
     arguments.add_length(parser, train_batch_size=4, num_train_epochs=1)
     arguments.add_optimizer(parser, learning_rate=1e-4, adam_weight_decay=1e-4)
-    arguments.add_loss(parser, edm=True)
+    arguments.add_loss(parser)
     arguments.add_ema(parser)
     arguments.add_memory(parser)
     arguments.add_checkpoints(parser, output_dir="lora-dreambooth-model")
@@ -195,7 +195,7 @@ def main(args):
             latents = family.latents(batch, draws)  # pixels => (b, 4, h, w)
             noisy = corruption(latents, draws)  # inputs, timesteps, target, weight
             prediction = family.predict(noisy.inputs, noisy.timesteps, family.condition(batch, draws))
-            error = losses.squared_error(prediction, noisy.target, batch.get("mask"), args.unmasked_weight)  # (b,)
+            error = losses.error(prediction, noisy, batch.get("mask"), args.unmasked_weight)  # (b,)
             loss = losses.dreambooth(error, noisy.weight, batch["is_class"], args.prior_loss_weight)
             # The facts are looked at only when the loss is no number, to name the example.
             facts = {"timesteps": noisy.timesteps, "error": error.detach()}

@@ -191,7 +191,7 @@ def main(args):
             if args.dream_training:  # the network's own errors move inputs and target
                 noisy = noise.dream_with(family, noisy, condition, args.dream_detail_preservation)
             prediction = family.predict(noisy.inputs, noisy.timesteps, condition)
-            error = losses.squared_error(prediction, noisy.target, batch.get("mask"), args.unmasked_weight)  # (b,)
+            error = losses.error(prediction, noisy, batch.get("mask"), args.unmasked_weight)  # (b,)
             loss = losses.average(error, noisy.weight)
             # The facts are looked at only when the loss is no number, to name the example.
             facts = {"timesteps": noisy.timesteps, "error": error.detach()}

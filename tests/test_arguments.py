@@ -65,7 +65,6 @@ WITHOUT_EFFECT = {
     "text_encoder_use_attention_mask",
     "class_labels_conditioning",
     "validation_images",
-    "do_edm_style_training",
 }
 
 

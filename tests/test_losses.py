@@ -128,3 +128,43 @@ def test_gradients_are_exact():
 
     assert torch.autograd.gradcheck(whole, (prediction, target))
     assert torch.autograd.gradcheck(lambda p: losses.average(losses.squared_error(p, target), weight), (prediction,))
+
+
+def described(target, loss_type="l2", delta=None, scale=None):
+    from utils.noise import Noisy
+
+    return Noisy(target, None, target, None, scale, delta, loss_type)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "formula"),
+    [
+        ("l2", lambda d, c: d * d),
+        ("l1", lambda d, c: abs(d)),
+        ("huber", lambda d, c: 2 * c * ((d * d + c * c) ** 0.5 - c)),
+        ("smooth_l1", lambda d, c: 2 * ((d * d + c * c) ** 0.5 - c)),
+    ],
+)
+def test_every_distance_against_its_formula(loss_type, formula):
+    prediction, target = numbers(3, 2, 4, 4, dtype=torch.float64), numbers(3, 2, 4, 4, seed=1, dtype=torch.float64)
+    deltas, scale = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64), torch.tensor([1.0, 3.0, 0.5])
+    got = losses.error(prediction, described(target, loss_type, deltas, scale))
+    for row in range(3):
+        pairs = zip(prediction[row].flatten().tolist(), target[row].flatten().tolist())
+        mean = sum(formula(p - t, deltas[row].item()) for p, t in pairs) / 32
+        assert got[row].item() == pytest.approx(mean * scale[row].item())
+    prediction.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda p: losses.error(p, described(target, loss_type, deltas, scale)), (prediction,)
+    )
+
+
+def test_huber_lies_between_square_and_straight():
+    d = torch.tensor([[0.01], [3.0]], dtype=torch.float64)
+    near, far = torch.full((2,), 1e3, dtype=torch.float64), torch.full((2,), 1e-6, dtype=torch.float64)
+    zero = torch.zeros_like(d)
+    torch.testing.assert_close(losses.error(d, described(zero, "huber", near)), d[:, 0] ** 2, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses.error(d, described(zero, "smooth_l1", far)), 2 * d[:, 0], rtol=1e-3, atol=0)
+    flat = torch.zeros(1, 1, requires_grad=True)
+    losses.error(flat, described(torch.zeros(1, 1), "huber", torch.tensor([0.1]))).sum().backward()
+    assert flat.grad == 0  # and not 0/0

@@ -23,6 +23,9 @@ class FixedDraws:
     def __init__(self, timesteps, seed=0):
         self.timesteps, self.seed, self.asked = timesteps, seed, []
 
+    def uniform(self, purpose):
+        return torch.tensor([(timestep + 0.5) / 5 for timestep in self.timesteps])
+
     def integers(self, purpose, high):
         assert high > max(self.timesteps)
         return torch.tensor(self.timesteps)
@@ -102,7 +105,7 @@ def test_min_snr_makes_one_objective_of_the_three_predictions():
 
 def test_weights_can_be_differentiated():
     snr = torch.tensor([0.2, 1.0, 4.0, 30.0], dtype=torch.float64, requires_grad=True)
-    for kind in noise.TARGETS:
+    for kind in ("epsilon", "v_prediction", "sample"):
         assert torch.autograd.gradcheck(lambda value, kind=kind: noise.min_snr_weight(value, 5.0, kind), (snr,))
 
 
@@ -162,3 +165,212 @@ def test_refuses_what_it_cannot_honour(capsys):
             noise.corruption_for(scheduler, **options)
         assert stopped.value.code == 2
         assert next(iter(options)) in capsys.readouterr().err
+
+
+# --- Weights, distances and noises of choice ---------------------------------------------------------------------
+
+
+def test_debiased_estimation_is_one_objective_of_the_three_predictions():
+    alpha, wrong_by = 0.7, 0.3
+    snr = torch.tensor([alpha / (1 - alpha)], dtype=torch.float64)
+    errors = {
+        "sample": wrong_by,
+        "epsilon": wrong_by * math.sqrt(alpha / (1 - alpha)),
+        "v_prediction": wrong_by / math.sqrt(1 - alpha),
+    }
+    costs = [float(noise.debiased_weight(snr, kind)) * error**2 for kind, error in errors.items()]
+    assert costs == pytest.approx([math.sqrt(alpha / (1 - alpha)) * wrong_by**2] * 3)
+    assert float(noise.debiased_weight(snr, "epsilon")) == pytest.approx(math.sqrt((1 - alpha) / alpha))
+    scheduled = Scheduled(ALPHAS[:4])
+    noisy = noise.corruption_for(scheduled, debiased_estimation=True)(IMAGES[:4], FixedDraws(EVERY[:4]))
+    assert noisy.weight.tolist() == pytest.approx([math.sqrt((1 - alpha) / alpha) for alpha in ALPHAS[:4]], rel=1e-6)
+    snr = torch.tensor([0.2, 1.0, 4.0, 30.0], dtype=torch.float64, requires_grad=True)
+    for kind in ("epsilon", "v_prediction", "sample"):
+        assert torch.autograd.gradcheck(lambda value, kind=kind: noise.debiased_weight(value, kind), (snr,))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "chosen"), [("earlier", range(20)), ("later", range(80, 100)), ("range", range(30, 50))]
+)
+def test_timestep_bias_draws_a_part_more_often(strategy, chosen):
+    from utils.randomness import Draws
+
+    options = {"timestep_bias_multiplier": 3.0, "timestep_bias_portion": 0.2}
+    options |= {"timestep_bias_begin": 30, "timestep_bias_end": 50, "timestep_bias_strategy": strategy}
+    corruption = noise.corruption_for(Scheduled(torch.linspace(0.99, 0.01, 100).tolist()), **options)
+    ids = range(20000)
+    drawn = corruption(torch.zeros(len(ids), 1, 1, 1), Draws(3, ids)).timesteps
+    share = sum((drawn == timestep).sum().item() for timestep in chosen) / len(ids)
+    assert share == pytest.approx(20 * 3 / (80 + 20 * 3), abs=0.015)  # four standard deviations
+    assert drawn.min() == 0 and drawn.max() == 99
+    alone = corruption(torch.zeros(1, 1, 1, 1), Draws(3, [17])).timesteps
+    assert alone == drawn[17]
+
+
+def test_multires_noise_is_the_sum_of_its_levels_with_variance_one():
+    options = {"multires_noise_iterations": 6, "multires_noise_discount": 0.4}
+    images = torch.zeros(5, 4, 6, 9)
+    noisy, draws = corrupt(images=images, **options)
+    fine = draws.normal("noise", (4, 6, 9))
+    middle, coarse = draws.normal("multires_noise_1", (4, 2, 3)), draws.normal("multires_noise_2", (4, 1, 1))
+    assert draws.asked.count("multires_noise_2") == 2 and "multires_noise_3" not in draws.asked
+    for row in range(5):
+        # Bilinear between cell centres, written out: cells are 3 wide, what lies beyond the outer centres is level.
+        wide = torch.empty(4, 6, 9)
+        for y in range(6):
+            for x in range(9):
+                v, u = (min(max((place + 0.5) / 3 - 0.5, 0), most) for place, most in ((y, 1), (x, 2)))
+                top, left = min(int(v), 0), min(int(u), 1)
+                a, b = v - top, u - left
+                cell = middle[row, :, top : top + 2, left : left + 2]
+                wide[:, y, x] = (1 - a) * ((1 - b) * cell[:, 0, 0] + b * cell[:, 0, 1]) + a * (
+                    (1 - b) * cell[:, 1, 0] + b * cell[:, 1, 1]
+                )
+        whole = math.sqrt(2) * fine[row] + 0.4 * wide + 0.16 * coarse[row]
+        torch.testing.assert_close(noisy.target[row], whole / whole.std())
+
+
+def test_huber_deltas_fall_from_one_to_c():
+    noisy, _ = corrupt(loss_type="huber", huber_c=0.2)
+    sigmas = [math.sqrt((1 - alpha) / alpha) if alpha else math.inf for alpha in ALPHAS]
+    assert noisy.delta.tolist() == pytest.approx([0.8 / (1 + sigma) ** 2 + 0.2 for sigma in sigmas])
+    noisy, _ = corrupt(loss_type="huber", huber_c=0.2, huber_schedule="exponential")
+    assert noisy.delta.tolist() == pytest.approx([math.exp(-k / 5 * -math.log(0.2)) for k in EVERY])
+    noisy, _ = corrupt(loss_type="huber", huber_c=0.2, huber_schedule="constant")
+    assert noisy.delta.tolist() == pytest.approx([0.2] * 5) and noisy.loss_type == "huber"
+
+
+# --- EDM ---------------------------------------------------------------------------------------------------------
+
+
+def objective(noisy, prediction):
+    from utils import losses
+
+    return losses.error(prediction, noisy)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_euler_branch_written_out(kind):
+    """x0 + σ n, scaled for the network, its answer turned into x0, its error weighted by σ^-2."""
+    from diffusers import EulerDiscreteScheduler
+
+    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, prediction_type=kind)
+    draws = FixedDraws([0, 10, 400, 800, 999])
+    noisy = noise.corruption_for(scheduler, do_edm_style_training=True)(IMAGES, draws)
+    ordinary = noise.corruption_for(scheduler)(IMAGES, draws)
+    prediction = torch.randn(IMAGES.shape, generator=torch.Generator().manual_seed(8))
+    eps = draws.normal("noise", IMAGES.shape[1:])
+    sigma = scheduler.sigmas[[999 - t for t in draws.timesteps]].double().view(-1, 1, 1, 1)  # descending
+    x = IMAGES.double() + sigma * eps
+    torch.testing.assert_close(noisy.inputs, (x / (sigma**2 + 1).sqrt()).float(), atol=1e-5, rtol=1e-4)
+    guess = (
+        x - sigma * prediction
+        if kind == "epsilon"
+        else -sigma / (sigma**2 + 1).sqrt() * prediction + x / (sigma**2 + 1)
+    )
+    written_out = sigma.flatten() ** -2 * (guess - IMAGES).square().flatten(1).mean(dim=1)
+    torch.testing.assert_close(objective(noisy, prediction).double(), written_out, rtol=1e-3, atol=0)
+    # The identities: for epsilon nothing changes, for v the weight is SNR / (SNR + 1).
+    snr = scheduler.alphas_cumprod[draws.timesteps] / (1 - scheduler.alphas_cumprod[draws.timesteps])
+    factor = 1 if kind == "epsilon" else snr / (snr + 1)
+    torch.testing.assert_close(objective(noisy, prediction), factor * objective(ordinary, prediction))
+    assert torch.equal(noisy.inputs, ordinary.inputs) and torch.equal(noisy.timesteps, ordinary.timesteps)
+
+
+@pytest.mark.parametrize("schedule", ["karras", "exponential"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_edm_agrees_with_the_scheduler_of_diffusers(kind, schedule):
+    from diffusers import EDMEulerScheduler
+
+    scheduler = EDMEulerScheduler(prediction_type=kind, sigma_schedule=schedule)
+    draws = FixedDraws([0, 1, 500, 998, 999])
+    noisy = noise.corruption_for(scheduler)(IMAGES, draws)
+    sigma = scheduler.sigmas[draws.timesteps].view(-1, 1, 1, 1)
+    torch.testing.assert_close(noisy.timesteps, scheduler.timesteps[draws.timesteps], rtol=1e-4, atol=1e-5)
+    x = IMAGES + sigma * draws.normal("noise", IMAGES.shape[1:])
+    torch.testing.assert_close(noisy.inputs, scheduler.precondition_inputs(x, sigma), rtol=1e-4, atol=1e-5)
+    prediction = torch.randn(IMAGES.shape, generator=torch.Generator().manual_seed(8))
+    guess = scheduler.precondition_outputs(x.double(), prediction.double(), sigma.double())
+    unweighted = (guess - IMAGES).square().flatten(1).mean(dim=1)
+    torch.testing.assert_close(objective(noisy, prediction).double(), unweighted, rtol=1e-3, atol=1e-9)
+
+
+def test_log_normal_levels_come_with_the_papers_weight():
+    from diffusers import EDMEulerScheduler
+
+    from utils.randomness import Draws
+
+    options = {"edm_sigmas": "lognormal", "edm_p_mean": -0.5, "edm_p_std": 0.7}
+    corruption, ids = noise.corruption_for(EDMEulerScheduler(), **options), range(4000)
+    noisy = corruption(torch.zeros(len(ids), 1, 2, 2), Draws(3, ids))
+    levels = 4 * noisy.timesteps  # ln σ
+    assert levels.mean().item() == pytest.approx(-0.5, abs=0.05) and levels.std().item() == pytest.approx(0.7, abs=0.04)
+    # λ c_out² = (σ² + σ_d²) / (σ σ_d)² · (σ σ_d)² / (σ² + σ_d²) = 1: Karras et al. 2022, equation 8.
+    assert (noisy.scale * noisy.weight == 1).all()
+    # With a DDPM schedule: the timestep whose level is nearest.
+    scheduled = Scheduled(torch.linspace(0.99, 0.01, 100).tolist())
+    noisy = noise.corruption_for(scheduled, do_edm_style_training=True, **options)(
+        torch.zeros(4000, 1, 2, 2), Draws(3, ids)
+    )
+    known = ((1 - scheduled.alphas_cumprod) / scheduled.alphas_cumprod).log() / 2
+    nearest = (levels[:, None] - known).abs().argmin(dim=1)
+    assert (noisy.timesteps == nearest).float().mean() > 0.999  # but for ties in rounding
+
+
+def test_edm_factors_can_be_differentiated():
+    sigma = torch.tensor([0.01, 0.5, 3.0, 60.0], dtype=torch.float64, requires_grad=True)
+    for kind in ("epsilon", "v_prediction"):
+        assert torch.autograd.gradcheck(lambda value, kind=kind: noise.edm_factors(value, 0.5, kind), (sigma,))
+    assert torch.autograd.gradcheck(lambda value: noise.edm_scale(value, 0.5), (sigma,))
+
+
+def test_a_schedule_that_ends_in_noise_stays_finite():
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    assert scheduler.alphas_cumprod[-1] == 0
+    for options in (
+        {"snr_gamma": 5.0},
+        {"debiased_estimation": True},
+        {"loss_type": "huber"},
+        {"do_edm_style_training": True},
+    ):
+        draws = FixedDraws([0, 1, 500, 998, 999])
+        noisy = noise.corruption_for(scheduler, **options)(IMAGES, draws)
+        assert all(torch.isfinite(part).all() for part in noisy if isinstance(part, torch.Tensor)), options
+        assert torch.equal(noisy.inputs[4], draws.normal("noise", IMAGES.shape[1:])[4])
+
+
+CHANGES = [
+    {"loss_type": "huber"},
+    {"loss_type": "huber", "huber_c": 0.01},
+    {"loss_type": "huber", "huber_schedule": "exponential"},
+    {"loss_type": "smooth_l1"},
+    {"loss_type": "l1"},
+    {"debiased_estimation": True},
+    {"multires_noise_iterations": 4},
+    {"multires_noise_iterations": 4, "multires_noise_discount": 0.8},
+    {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 1e3},
+    {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 1e3, "timestep_bias_portion": 0.01},
+    {"timestep_bias_strategy": "range", "timestep_bias_multiplier": 1e3, "timestep_bias_end": 10},
+    {"prediction_type": "v_prediction", "do_edm_style_training": True},
+    {"do_edm_style_training": True, "edm_sigmas": "lognormal"},
+    {"do_edm_style_training": True, "edm_sigmas": "lognormal", "edm_p_mean": 1.0},
+]
+
+
+def test_every_option_changes_the_error_and_no_example_knows_its_neighbours():
+    from diffusers import DDPMScheduler
+
+    from utils.randomness import Draws
+
+    def errors_of(ids, options):
+        noisy = noise.corruption_for(DDPMScheduler(), **options)(IMAGES[: len(ids)] * 0 + 0.3, Draws(2, ids))
+        return noisy.weight * objective(noisy, torch.full_like(noisy.target, 0.1)) + noisy.inputs[:, 0, 0, 0]
+
+    seen = [errors_of([4, 9, 2], {}).tolist()]
+    for options in CHANGES:
+        whole = errors_of([4, 9, 2], options)
+        torch.testing.assert_close(whole, torch.cat([errors_of([number], options) for number in (4, 9, 2)]))
+        assert torch.isfinite(whole).all() and whole.tolist() not in seen, options
+        seen.append(whole.tolist())

@@ -51,10 +51,11 @@ def test_options_in_tables_and_sentences_exist():
     options = set().union(*map(help_of, (*scripts, "utils.cache.__main__"))) | {
         "config_file",
         "dynamo_backend",
-    }  # the last are accelerate's
+        "output",
+    }  # the last are accelerate's, and the toybox's
     unknown = []
-    for script in scripts:
-        page = ROOT / "docs" / f"{script.replace('image_lora', 'image')}.md"
+    for about in (*scripts, "objectives"):
+        page = ROOT / "docs" / f"{about.replace('image_lora', 'image')}.md"
         for name in re.findall(r"(?<![\w-])--(\w+)", page.read_text(encoding="utf-8")):
             if name not in options:
                 unknown.append(f"{page.name}: --{name}")

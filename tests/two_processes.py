@@ -22,7 +22,7 @@ def main(jobs: Path) -> None:
 
     startup.leave = lambda code: None  # a script's end would be this process's
     rank, told, rows = int(os.environ["RANK"]), [], []
-    real_normal, real_error = randomness.Draws.normal, losses.squared_error
+    real_normal, real_error = randomness.Draws.normal, losses.error
 
     def normal(self, purpose, shape):
         drawn = real_normal(self, purpose, shape)
@@ -36,12 +36,12 @@ def main(jobs: Path) -> None:
         rows.clear()
         calls = [0]
 
-        def squared_error(*values, calls=calls, poison=poison):
+        def error_of(*values, calls=calls, poison=poison):
             calls[0] += 1
             error = real_error(*values)
             return error * float("nan") if poison == [rank, calls[0]] else error
 
-        losses.squared_error = squared_error
+        losses.error = error_of
         module = importlib.import_module(script)
         code = 0
         try:

@@ -23,7 +23,8 @@ def pipeline(
     changes: dict | None = None,  # to the scheduler's configuration
     allow_pickle: bool = False,
 ):
-    own = {"prediction_type": base.prediction_type, "allow_pickle": allow_pickle}
+    own = {"prediction_type": base.prediction_type, "rescale_betas_zero_snr": base.rescale_betas_zero_snr}
+    own |= {"allow_pickle": allow_pickle}
     family = models.family_of(base.name, base.revision, base.variant, **own)
     family.load(device, dtype, vae=base.vae, parts=[name for name in family.names if name not in modules])
     for name, path in modules.items():
@@ -32,6 +33,17 @@ def pipeline(
     add_loras(drawing, loras, base.name)
     change_scheduler(drawing, scheduler, changes)
     return drawing
+
+
+def words(drawing, base: saved.Base, prompts: list[str], negative: str | None) -> dict:
+    """What the pipeline is called with. A run with --clip_skip is drawn from by the encoders as it trained them."""
+    if not base.clip_skip:
+        return {"prompt": prompts, "negative_prompt": negative or None}
+    family = models.family_of(base.name, base.revision, base.variant, clip_skip=base.clip_skip)
+    family.device = drawing.device
+    for part in (*family.names, *family.tokenizers):
+        setattr(family, part, getattr(drawing, part))
+    return family.sampling_prompts(prompts, negative or "")
 
 
 def add_loras(drawing, loras: list[saved.Lora], base_name: str) -> None:

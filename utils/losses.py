@@ -6,20 +6,54 @@ Nothing here selects rows by a mask, because that would make the processor wait 
 import torch
 
 
-def squared_error(
+def pseudo_huber(difference: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """√(d² + δ²) - δ, without cancellation: Charbonnier et al. 1997; square below δ, straight above."""
+    square = difference.square()
+    return square / ((square + delta**2).sqrt() + delta)
+
+
+DISTANCES = {  # named and scaled as in the scripts that have them; where δ is, see noise.huber_delta
+    "l2": lambda difference, delta: difference.square(),
+    "l1": lambda difference, delta: difference.abs(),
+    "huber": lambda difference, delta: 2 * delta * pseudo_huber(difference, delta),  # d² for small d
+    "smooth_l1": lambda difference, delta: 2 * pseudo_huber(difference, delta),  # 2 |d| for large d
+}
+
+
+def error(
     prediction: torch.Tensor,
-    target: torch.Tensor,
+    noisy,  # noise.Noisy: target, loss_type, delta, scale
     mask: torch.Tensor | None = None,  # (b, 1, H, W) uint8: where the picture counts, as in `masked_mean`
     unmasked_weight: float = 0.0,
 ) -> torch.Tensor:
-    """Mean squared error of each example, in fp32 at least whatever the networks computed in."""
+    """What each example's prediction is off its target, by the run's measure: (b, ...) -> (b,)."""
+    found = distance(prediction, noisy.target, mask, unmasked_weight, noisy.loss_type, noisy.delta)
+    return found if noisy.scale is None else found * noisy.scale
+
+
+def squared_error(
+    prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None, unmasked_weight: float = 0.0
+) -> torch.Tensor:
+    return distance(prediction, target, mask, unmasked_weight)
+
+
+def distance(
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    unmasked_weight: float = 0.0,
+    loss_type: str = "l2",
+    delta: torch.Tensor | None = None,  # (b,)
+) -> torch.Tensor:
+    """Mean distance of each example, in fp32 at least whatever the networks computed in."""
     if prediction.shape[1] == 2 * target.shape[1]:
         prediction = prediction.chunk(2, dim=1)[0]  # DeepFloyd IF also predicts a variance, which is not trained
     if prediction.shape != target.shape:
         # Broadcasting would turn a mismatch into a plausible number.
         raise ValueError(f"prediction {tuple(prediction.shape)} does not match target {tuple(target.shape)}")
     precise = torch.promote_types(prediction.dtype, torch.float32)
-    error = (prediction.to(precise) - target.to(precise)).square()
+    delta = None if delta is None else delta.view(-1, *[1] * (target.dim() - 1))
+    error = DISTANCES[loss_type](prediction.to(precise) - target.to(precise), delta)
     if mask is not None:
         return masked_mean(error, mask, unmasked_weight)
     return error.flatten(1).mean(dim=1)  # (b, ...) -> (b,)

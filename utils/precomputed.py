@@ -69,9 +69,14 @@ def encoders(family) -> dict[str, str]:
     text = [_files(family.path, name, family.revision, family.variant) for name in family.encoders]
     source, revision = family.tokenizer_source or family.path, None if family.tokenizer_source else family.revision
     text += [_files(source, name, revision, None) for name in family.tokenizers]
-    if family.vae_source:
-        return {"vae": _files(family.vae_source, "vae", None, None), "text_encoders": digest(*text)}
-    return {"vae": _files(family.path, "vae", family.revision, family.variant), "text_encoders": digest(*text)}
+    text += [f"{family.clip_skip} layers left out"] if family.clip_skip else []
+    own = (
+        (family.vae_source, "vae", None, None)
+        if family.vae_source
+        else (family.path, "vae", family.revision, family.variant)
+    )
+    vae = _files(*own) + (" tiled" if family.vae_tiling else "")
+    return {"vae": vae, "text_encoders": digest(*text)}
 
 
 @functools.cache

@@ -172,11 +172,7 @@ def _draw(
 
 
 def _fast_solver(scheduler):
-    from diffusers import DPMSolverMultistepScheduler
-
-    learned = getattr(scheduler.config, "variance_type", None) in ("learned", "learned_range")
-    options = {"variance_type": "fixed_small"} if learned else {}
-    return DPMSolverMultistepScheduler.from_config(scheduler.config, **options)
+    return validation.make_scheduler("DPMSolverMultistepScheduler", scheduler.config)
 
 
 def _native_size(pipeline) -> int | None:

@@ -31,6 +31,8 @@ class Base:
     variant: str | None = None
     vae: str | None = None  # that the run used instead of the model's own
     prediction_type: str | None = None
+    rescale_betas_zero_snr: bool = False
+    clip_skip: int | None = None
 
 
 def lora(text: str, wrong: list, option: str = "--lora", part: str = "") -> Lora | None:
@@ -182,8 +184,9 @@ def recorded_base(path: Path) -> Base | None:
     for place in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
         settings = read_yaml(place / "training_config.yaml")
         if name := settings.get("pretrained_model_name_or_path"):
-            own = (settings.get(key) for key in ("pretrained_vae_model_name_or_path", "prediction_type"))
-            records.append(Base(str(name), settings.get("revision"), settings.get("variant"), *own))
+            own = {"vae": settings.get("pretrained_vae_model_name_or_path")}
+            own |= {key: settings.get(key) for key in ("prediction_type", "rescale_betas_zero_snr", "clip_skip")}
+            records.append(Base(str(name), settings.get("revision"), settings.get("variant"), **own))
         if name := read_yaml(place / "README.md").get("base_model"):
             records.append(Base(str(name[0] if isinstance(name, list) else name)))
     if path.is_file() and (name := header(path).get("__metadata__", {}).get("base_model")):

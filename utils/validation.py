@@ -17,6 +17,11 @@ from utils import errors
 from utils.report import gallery
 
 save_png = gallery.save_png  # infer.py writes its pictures the same way
+# What the usual samplers are called for models trained with EDM noise.
+EDM_TWINS = {
+    "DPMSolverMultistepScheduler": "EDMDPMSolverMultistepScheduler",
+    "EulerDiscreteScheduler": "EDMEulerScheduler",
+}
 SMALL = 128  # pixels a side up to which all images of a prompt are drawn at once
 
 
@@ -198,6 +203,10 @@ def make_scheduler(name: str, config):
     if cls is None or not hasattr(cls, "from_config"):
         errors.refuse(f"{name} is not a scheduler of diffusers; e.g. DPMSolverMultistepScheduler, DDPMScheduler")
     changes = {}
+    if str(config.get("_class_name", "")).startswith("EDM") and not name.startswith("EDM"):
+        if name not in EDM_TWINS:
+            errors.refuse(f"{name} does not go with a model trained with EDM noise; use one of: {', '.join(EDM_TWINS)}")
+        cls = getattr(diffusers, EDM_TWINS[name])
     if str(config.get("variance_type", "")).startswith("learned"):  # the learned half is thrown away in training
         changes["variance_type"] = "fixed_small"
     return cls.from_config(config, **changes)

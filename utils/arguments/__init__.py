@@ -66,6 +66,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add = group(parser, "Model")
     add("pretrained_model_name_or_path", folder, None, "pipeline folder, hub name, or toybox", required=True)
     add("revision", text, None, "branch, tag or commit of the hub model", alias="--non_ema_revision")
+    add("clip_skip", whole(0), None, "last layers of the text encoders that are left out; 1 is usual for drawn styles")
+    add("vae_tiling", flag, False, "the VAE works in overlapping tiles: less memory for large pictures, slightly other")
     add("variant", text, None, "file variant of the weights, e.g. fp16")
     add("tokenizer_name", folder, None, "tokenizer folder or hub name, instead of the model's own")
     add("pretrained_vae_model_name_or_path", folder, None, "VAE folder or hub name, instead of the model's own")
@@ -251,7 +253,7 @@ def add_dream(parser: argparse.ArgumentParser) -> None:
     add("dream_detail_preservation", number(0), 1.0, "power of its weight: more keeps more detail")
 
 
-def add_loss(parser: argparse.ArgumentParser, edm: bool = False) -> None:
+def add_loss(parser: argparse.ArgumentParser) -> None:
     add = group(parser, "Noise and loss")
     add("snr_gamma", number(above=0), None, "Min-SNR weighting (https://arxiv.org/abs/2303.09556); 5.0 is usual")
     add(
@@ -259,13 +261,31 @@ def add_loss(parser: argparse.ArgumentParser, edm: bool = False) -> None:
     )
     add("offset_noise", flag, False, "the same as --noise_offset 0.1")
     add("input_perturbation", number(0), 0.0, "extra noise on the input only (https://arxiv.org/abs/2301.11706)")
+    help = "levels of noise in larger and larger patches, 6 to 10 are usual; 0: plain noise"
+    add("multires_noise_iterations", whole(0), 0, help)
+    add("multires_noise_discount", number(0, below=1), 0.3, "how much each of them counts of the one before")
+    add("debiased_estimation", flag, False, "weights 1/sqrt(SNR) (https://arxiv.org/abs/2310.08442)")
+    help = "distance of prediction and target; huber and smooth_l1 are pseudo-Huber (https://arxiv.org/abs/2403.16728)"
+    add("loss_type", choice("l2", "l1", "huber", "smooth_l1"), "l2", help)
+    add("huber_c", number(above=0), 0.1, "where they turn from square to straight, at most noise")
+    add("huber_schedule", choice("snr", "exponential", "constant"), "snr", "how that falls from 1 to it with the noise")
+    help = "draw some timesteps more often: the earlier (less noise), the later, or a range"
+    add("timestep_bias_strategy", choice("none", "earlier", "later", "range"), None, help, unset="none")
+    add("timestep_bias_multiplier", number(above=0), 1.0, "how many times as often")
+    add("timestep_bias_begin", whole(0), 0, "first timestep of the range")
+    add("timestep_bias_end", whole(1), 1000, "timestep after the last of the range")
+    add("timestep_bias_portion", number(above=0, below=1), 0.25, "share of timesteps that earlier and later mean")
+    help = "noise schedule that ends in pure noise (https://arxiv.org/abs/2305.08891); for velocity prediction"
+    add("rescale_betas_zero_snr", flag, False, help, unset="the model's scheduler")
     unset = "what the model's scheduler says"
     add("prediction_type", choice("epsilon", "v_prediction", "sample"), None, "what the UNet predicts", unset=unset)
     add("class_labels_conditioning", choice("timesteps"), None, "DeepFloyd IF only")
-    if edm:
-        add(
-            "do_edm_style_training", flag, False, "noise and weights of EDM, https://arxiv.org/abs/2206.00364 (not yet)"
-        )
+    help = "weights of EDM (https://arxiv.org/abs/2206.00364); by itself for a model with an EDM scheduler"
+    add("do_edm_style_training", flag, False, help)
+    help = "EDM: noise levels evenly from the scheduler's, or log-normal as in the paper"
+    add("edm_sigmas", choice("scheduler", "lognormal"), "scheduler", help)
+    add("edm_p_mean", number(), -1.2, "mean of log-normal levels' logarithm")
+    add("edm_p_std", number(above=0), 1.2, "its standard deviation")
 
 
 def add_ema(parser: argparse.ArgumentParser) -> None:

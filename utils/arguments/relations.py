@@ -16,10 +16,6 @@ IF_ONLY = ("tokenizer_max_length", "text_encoder_use_attention_mask", "class_lab
 LORA_ONLY = {"use_dora": False, "use_rslora": False, "lora_dropout": 0, "init_lora_weights": "gaussian"}
 LORA_ONLY |= {"loraplus_lr_ratio": None}
 
-NOT_YET = {  # options that users of other scripts know, and what they would get instead
-    "do_edm_style_training": "noise as in EDM",
-}
-
 # accelerate's names for them are variables that its launcher sets.
 ENGINES = {"DeepSpeed": "ACCELERATE_USE_DEEPSPEED", "FSDP": "ACCELERATE_USE_FSDP"}
 
@@ -38,6 +34,13 @@ NEEDS = {
     "ema_interval": "use_ema",
     "offload_ema": "use_ema",
     "dream_detail_preservation": "dream_training",
+    "multires_noise_discount": "multires_noise_iterations",
+    "timestep_bias_multiplier": "timestep_bias_strategy",
+    "timestep_bias_begin": "timestep_bias_strategy range",
+    "timestep_bias_end": "timestep_bias_strategy range",
+    "timestep_bias_portion": "timestep_bias_strategy",
+    "edm_p_mean": "edm_sigmas lognormal",
+    "edm_p_std": "edm_sigmas lognormal",
     "hub_model_id": "push_to_hub",
     "prodigy_beta3": "optimizer prodigy",
     "prodigy_decouple": "optimizer prodigy",
@@ -72,9 +75,6 @@ def check(args: argparse.Namespace, given: dict, defaults: dict, misread: set[st
             found.complaints.append(
                 f"--{name}: IF comes with its family; other models do not listen to it: leave it out"
             )
-    for name, what in NOT_YET.items():
-        if has(name):
-            found.complaints.append(f"--{name}: {what}: not yet; leave it out")
     for name, needed in NEEDS.items():
         option, _, value = needed.partition(" ")
         met = has(option) == value if value else has(option)
@@ -247,8 +247,26 @@ def _engine(has, found: Findings) -> None:
 
 
 def _noise(args, has, given: dict, found: Findings) -> None:
-    if has("do_edm_style_training") and has("snr_gamma") is not None:
-        found.complaints.append("--snr_gamma with --do_edm_style_training: EDM has weights of its own; leave one out")
+    if has("timestep_bias_strategy") == "none":
+        args.timestep_bias_strategy = None
+    if has("do_edm_style_training"):
+        found.complaints += [f"{words}: leave one out" for words in against_edm(has)]
+    if has("snr_gamma") is not None and has("debiased_estimation"):
+        found.complaints.append("--snr_gamma and --debiased_estimation both weigh timesteps; leave one out")
+    if has("timestep_bias_strategy") == "range" and args.timestep_bias_begin >= args.timestep_bias_end:
+        found.complaints.append(
+            f"--timestep_bias_begin {args.timestep_bias_begin} is not before --timestep_bias_end"
+            f" {args.timestep_bias_end}"
+        )
+    if has("loss_type") not in ("huber", "smooth_l1"):
+        for name in ("huber_c", "huber_schedule"):
+            if name in given:
+                found.warnings.append(f"--{name} has no effect without --loss_type huber or smooth_l1")
+    if has("rescale_betas_zero_snr") and has("prediction_type") == "epsilon":
+        found.complaints.append(
+            "--rescale_betas_zero_snr with --prediction_type epsilon: noise cannot be told from pure noise;"
+            " train velocity: --prediction_type v_prediction"
+        )
     if has("offset_noise"):
         if given.get("noise_offset", DEFAULT_OFFSET) != DEFAULT_OFFSET:
             found.complaints.append(
@@ -257,6 +275,19 @@ def _noise(args, has, given: dict, found: Findings) -> None:
             )
         args.noise_offset = DEFAULT_OFFSET
     vars(args).pop("offset_noise", None)
+
+
+def against_edm(has) -> list[str]:
+    """Options that do not go with EDM-style training, whether --do_edm_style_training or the model asks for that."""
+    huber = has("loss_type") in ("huber", "smooth_l1") and has("huber_schedule") == "exponential"
+    clashes = {
+        "snr_gamma": (has("snr_gamma") is not None, "EDM has weights of its own"),
+        "debiased_estimation": (has("debiased_estimation"), "EDM has weights of its own"),
+        "timestep_bias_strategy": (has("timestep_bias_strategy"), "EDM draws noise levels in its own way"),
+        "huber_schedule exponential": (huber, "it counts timesteps, which EDM has not; snr fits"),
+        "dream_training": (has("dream_training"), "it is made for epsilon prediction on DDPM's timesteps"),
+    }
+    return [f"--{name} with EDM-style training: {why}" for name, (given, why) in clashes.items() if given]
 
 
 def _validation(args, has, given: dict, found: Findings) -> None:

@@ -57,7 +57,7 @@ def whole(minimum: int) -> Kind:
 def number(minimum: float | None = None, above: float | None = None, below: float | None = None) -> Kind:
     limits = (("at least", minimum), ("above", above), ("below", below))
     needs = " and ".join(f"{word} {limit:g}" for word, limit in limits if limit is not None)
-    return Kind("X", f"a number {needs}", lambda written: _within(float(written), minimum, above, below))
+    return Kind("X", f"a number {needs}".strip(), lambda written: _within(float(written), minimum, above, below))
 
 
 def choice(*names: str) -> Kind:

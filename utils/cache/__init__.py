@@ -134,7 +134,10 @@ def encode(family, dataset, todo: Sequence[tuple], chunks: Iterable[list[int]], 
     with ThreadPoolExecutor(max(1, min(16, os.cpu_count() or 1))) as pool:
         for chunk in chunks:
             pixels = torch.stack(list(pool.map(lambda row: dataset.pixels(*todo[row], remember=False), chunk)))
-            yield chunk, *(part.float().cpu() for part in family.posterior(pixels.to(device)))  # (b, c, h, w) each
+            mean, std = (part.float().cpu() for part in family.posterior(pixels.to(device)))  # (b, c, h, w) each
+            if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
+                family.refuse_broken(mean + std)
+            yield chunk, mean, std
 
 
 def _encode(run, family, dataset, limit: int | None) -> Latents | None:

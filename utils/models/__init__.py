@@ -45,6 +45,9 @@ def family_of(
     variant: str | None = None,
     prediction_type: str | None = None,  # instead of the one the model's scheduler names
     allow_pickle: bool = False,  # weights that are no safetensors; even then only tensors are read from them
+    rescale_betas_zero_snr: bool = False,  # a noise schedule that ends in pure noise, whatever the model's own does
+    clip_skip: int | None = None,  # last layers of the text encoders that are left out
+    vae_tiling: bool = False,  # the VAE works on a large picture in overlapping tiles
 ):
     """The family object of a pipeline folder or hub model, from its model_index.json alone: no weights are read."""
     kind = class_name(read_index(name, revision))
@@ -57,7 +60,14 @@ def family_of(
         )
     module, cls = FAMILIES[kind]
     return getattr(importlib.import_module(f"{__name__}.{module}"), cls)(
-        name, revision=revision, variant=variant, prediction_type=prediction_type, allow_pickle=allow_pickle
+        name,
+        revision=revision,
+        variant=variant,
+        prediction_type=prediction_type,
+        allow_pickle=allow_pickle,
+        rescale_betas_zero_snr=rescale_betas_zero_snr,
+        clip_skip=clip_skip,
+        vae_tiling=vae_tiling,
     )
 
 

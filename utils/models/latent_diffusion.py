@@ -4,6 +4,7 @@ A family says which text encoders it has, how they are heard, and what its UNet 
 """
 
 import copy
+import inspect
 import os
 import pickle
 import types
@@ -13,7 +14,7 @@ from typing import NoReturn
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -54,9 +55,13 @@ class LatentDiffusion:
         variant: str | None = None,
         prediction_type: str | None = None,  # instead of the one the model's scheduler names
         allow_pickle: bool = False,  # weights that are no safetensors; even then only tensors are read from them
+        rescale_betas_zero_snr: bool = False,  # a noise schedule that ends in pure noise, whatever the model's own does
+        clip_skip: int | None = None,  # last layers of the text encoders that are left out
+        vae_tiling: bool = False,  # the VAE works on a large picture in overlapping tiles
     ):
         self.name, self.revision, self.variant = name, revision, variant
-        self.prediction_type = prediction_type
+        self.prediction_type, self.rescale_betas_zero_snr = prediction_type, rescale_betas_zero_snr
+        self.clip_skip, self.vae_tiling = clip_skip or 0, vae_tiling
         self.use_safetensors = None if allow_pickle else True  # None: preferred
         self.path = os.path.expanduser(models.resolve(name))
         self.names = ("unet", *self.encoders, "vae")
@@ -68,7 +73,7 @@ class LatentDiffusion:
         self._wrapped = {}  # name -> what the training forward calls instead of the plain module
         self._prompts = {}  # text -> {"text": (77, c), ...}, where every text was encoded once
         self.stored_prompts = {}  # the same, of texts that were encoded before the run (precomputed.Texts)
-        self._warned = set()
+        self._warned, self._vae_works = set(), False
 
     # --- Loading -----------------------------------------------------------------------------------------------
 
@@ -85,7 +90,8 @@ class LatentDiffusion:
         self.vae_source, self.tokenizer_source = vae and models.resolve(vae), tokenizer
         kind = models.component_class(self.name, self.revision, "scheduler")
         self.own_scheduler = self._as_trained(self._read(kind, "scheduler", weights=False))
-        self.scheduler = DDPMScheduler.from_config(self.own_scheduler.config)
+        edm = type(self.own_scheduler).__name__.startswith("EDM")
+        self.scheduler = self.own_scheduler if edm else DDPMScheduler.from_config(self.own_scheduler.config)
         for part in self.tokenizers:
             setattr(self, part, self._read_tokenizer(part))
         for name in self.names if parts is None else parts:
@@ -94,6 +100,12 @@ class LatentDiffusion:
     def _as_trained(self, scheduler):
         if self.prediction_type:
             scheduler.register_to_config(prediction_type=self.prediction_type)
+        if self.rescale_betas_zero_snr:
+            known = "rescale_betas_zero_snr" in inspect.signature(type(scheduler).__init__).parameters
+            kind = type(scheduler) if known else DDIMScheduler
+            # Trailing: sampling must begin at the last timestep, where there is nothing but noise.
+            changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+            scheduler = kind.from_config(scheduler.config, **changes)
         return scheduler
 
     def load_module(self, name: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -104,9 +116,13 @@ class LatentDiffusion:
 
     def _read_module(self, name: str, dtype: torch.dtype) -> torch.nn.Module:
         if name in self.encoders:
-            return self._read(self.encoders[name], name, dtype=dtype)
+            return self._with_layers_to_skip(self._read(self.encoders[name], name, dtype=dtype))
         if name == "vae":
-            return self._read_vae(dtype)
+            vae = self._read_vae(dtype)
+            if self.vae_tiling:
+                vae.enable_tiling()
+                vae.enable_slicing()  # and one picture after the other
+            return vae
         unet = self._read(UNet2DConditionModel, name, torch_dtype=dtype)
         if unet.config.in_channels != unet.config.out_channels + self.more_channels:
             errors.refuse(
@@ -115,6 +131,14 @@ class LatentDiffusion:
                 f"{unet.config.out_channels + self.more_channels}: 4 for text-to-image, 9 for in-painting"
             )
         return unet
+
+    def _with_layers_to_skip(self, encoder: torch.nn.Module) -> torch.nn.Module:
+        if self.clip_skip >= encoder.config.num_hidden_layers - 1:
+            errors.refuse(
+                f"--clip_skip {self.clip_skip}: a text encoder of {self.name} has {encoder.config.num_hidden_layers}"
+                " layers; 1 or 2 are usual"
+            )
+        return encoder
 
     def _read_vae(self, dtype: torch.dtype) -> AutoencoderKL:
         if self.vae_source:
@@ -227,7 +251,21 @@ class LatentDiffusion:
             raise RuntimeError("the VAE's encoder was released: every image should have been cached by then")
         weight = self.vae.encoder.conv_in.weight
         encoded = self.vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist
+        if not self._vae_works:  # looked at once: a look at every batch would wait for the device
+            self.refuse_broken(encoded.mean)
+            self._vae_works = True
         return encoded.mean.float(), encoded.std.float()
+
+    def refuse_broken(self, latents: torch.Tensor) -> None:
+        """Latents that are no numbers would end the training later, with less to say."""
+        if not torch.isfinite(latents).all():
+            dtype = str(next(self.vae.parameters()).dtype).removeprefix("torch.")
+            errors.refuse(
+                f"the VAE of {self.vae_source or self.name} gives values that are no numbers in {dtype}. Cures: a VAE"
+                " that is safe in fp16 (--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix for SDXL),"
+                " or --mixed_precision bf16",
+                errors.DIVERGED,
+            )
 
     def latents(self, batch: dict, draws) -> torch.Tensor:
         """Pixels, or their cached posterior => a fresh sample of the latents the UNet works on (b, 4, h, w), fp32."""

@@ -35,9 +35,6 @@ class StableDiffusionXL(LatentDiffusion):
     ) -> None:
         if tokenizer:
             errors.refuse(f"--tokenizer_name {tokenizer}: SDXL has two tokenizers, which one is unclear; leave it out")
-        kind = models.component_class(self.name, self.revision, "scheduler").__name__
-        if kind.startswith("EDM"):
-            errors.refuse(f"--pretrained_model_name_or_path {self.name} has an {kind}: EDM noise, not yet")
         super().load(device, dtype, tokenizer, vae, parts)
 
     def _read_vae(self, dtype: torch.dtype) -> AutoencoderKL:
@@ -48,14 +45,14 @@ class StableDiffusionXL(LatentDiffusion):
     # --- Conditions --------------------------------------------------------------------------------------------
 
     def _hear(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        """{"text": both encoders' last hidden state but one (b, 77, c1 + c2), "pooled": the second's (b, p)}."""
+        """{"text": both encoders' last hidden state but one (or more), (b, 77, c1 + c2), "pooled": (b, p)}."""
         hidden = []
         for part, name in zip(self.tokenizers, self.encoders):
             ids = self._tokens(texts, part).input_ids
             heard = self._called(name)(ids, output_hidden_states=True)
-            hidden.append(heard.hidden_states[-2])
+            hidden.append(heard.hidden_states[-2 - self.clip_skip])
             if name == "text_encoder" and heard[0].requires_grad:
-                # Its last layer is never listened to. A gradient of zero instead of none lets several processes
+                # Its last layers are never listened to. A gradient of zero instead of none lets several processes
                 # agree on what has been computed.
                 hidden[-1] = hidden[-1] + 0 * heard[0].mean()
         return {"text": torch.cat([part.to(hidden[0].dtype) for part in hidden], dim=-1), "pooled": heard[0]}

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from utils import models
+from utils.arguments import relations
 from utils.preflight import plan, remote
 
 PARTS = (*plan.NETWORKS, "tokenizer", "tokenizer_2", "scheduler")
@@ -69,6 +70,26 @@ def elsewhere(args: argparse.Namespace) -> list[str]:
         elif not remote.REPOSITORY.fullmatch(name) or name.startswith("."):
             complaints.append(f"--{option} {name} does not exist here, and is no hub name of the form owner/model")
     return complaints
+
+
+def objective(args: argparse.Namespace, folder: Path | None) -> list[str]:
+    """Options about noise and loss that the model's own schedule leaves no room for."""
+    try:
+        config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        kind, predicts = str(config.get("_class_name")), config.get("prediction_type", "epsilon")
+    except (AttributeError, OSError, TypeError, ValueError):  # not here yet
+        return []
+    model = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    if kind.startswith("EDM"):
+        clashes = relations.against_edm(vars(args).get)
+        clashes += ["--rescale_betas_zero_snr: there are no betas"] if args.rescale_betas_zero_snr else []
+        return [f"{model} has an {kind}, so training is EDM-style. {clash}: leave it out" for clash in clashes]
+    if args.rescale_betas_zero_snr and not args.prediction_type and predicts == "epsilon":
+        return [
+            f"--rescale_betas_zero_snr: {args.pretrained_model_name_or_path} predicts epsilon, and noise cannot be told"
+            " from pure noise; train velocity: --prediction_type v_prediction"
+        ]
+    return []
 
 
 def commit(folder: Path | None) -> str | None:
