@@ -17,7 +17,7 @@ import yaml
 
 from tests import toy_training
 from tests.toy_training import Family, Learns, train
-from utils import checkpoints, runtime
+from utils import checkpoints, errors, runtime
 from utils.runtime import guard, progress, signals, startup
 
 BIN = Path(sys.executable).parent
@@ -683,3 +683,16 @@ def test_signals_to_real_processes(tmp_path):
         assert len(list((tmp_path / "c").glob("checkpoint-*"))) == 1
         rest = process.stdout.read()  # ends when the orphan does
         assert "stopped after step" in rest
+
+
+def test_out_of_memory_names_ways_out_cheapest_first(tmp_path, capsys):
+    config = {"train_batch_size": 4, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    run = runtime.start(tmp_path, seed=1, config=config)
+    with pytest.raises(SystemExit) as left, run.accumulate(None):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert left.value.code == errors.FAILED
+    said = capsys.readouterr().err
+    assert "step 1: out of memory" in said and "--gradient_checkpointing" not in said
+    ways = ["--train_batch_size 2 --gradient_accumulation_steps 4", "--mixed_precision bf16", "--use_8bit_adam"]
+    places = [said.index(way) for way in [*ways, "LoRA", "--resolution"]]
+    assert places == sorted(places)

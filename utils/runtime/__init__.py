@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from utils import errors, randomness
-from utils.runtime import engines, guard, progress, signals, stand_ins, startup, trackers
+from utils.runtime import engines, guard, memory, progress, signals, stand_ins, startup, trackers
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -263,9 +263,12 @@ class Run:
     def _to_device(self, value):
         return value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
+    @contextlib.contextmanager
     def accumulate(self, learns):
         """Around forward and backward: processes exchange gradients in the last micro batch of a step only."""
-        return self.accelerator.accumulate(*self._wrapped.values())
+        with memory.told(self.config, self.device, self.step + 1):
+            with self.accelerator.accumulate(*self._wrapped.values()):
+                yield
 
     def backward(self, loss, learns, optimizer, schedule=None, *, max_norm: float | None = 1.0, **facts) -> None:
         """Backward; in the last micro batch also guard, clip, step, schedule and zero.
