@@ -42,7 +42,7 @@ def main(args):
 
     # Imported here, so that --help and every complaint above answer at once.
     from utils import adapters, cache, checkpoints, datasets, ema, heldout, hub, losses, models, noise, optimizers
-    from utils import randomness, report, runtime, validation
+    from utils import randomness, report, runtime, streams, validation
 
     call = arguments.caller(args)  # call(f, ...) adds every option that bears the name of a keyword of f
     run = call(
@@ -86,14 +86,14 @@ def main(args):
         "alpha_background": args.alpha_background,
         "seed": run.seed,
     }
-    dataset = call(datasets.DreamBooth, pictures, **how)
+    dataset = call(streams.Stream if args.streaming else datasets.DreamBooth, pictures, **how)
     held = datasets.DreamBooth(unseen, center_crop=True, **how) if unseen else None  # square, whatever the shapes
     if run.is_main:
         report.preview(dataset, run.output_dir)
         report.contact_sheet(dataset, run.output_dir, family.count_tokens, family.prompt_limit)
     call(cache.latents, run, family, dataset, args.cache_latents, beside=held)
     captions = {*dataset.captions(), *(held.captions() if held else [])} - family.stored_prompts.keys()
-    few = len(captions) <= MOST_CAPTIONS
+    few = len(captions) <= MOST_CAPTIONS and not args.streaming
     if not args.train_text_encoder:
         family.cache_prompts([*(captions if few else []), *args.validation_prompt], release=few)
 

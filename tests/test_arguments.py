@@ -330,7 +330,8 @@ def test_call_hands_over_options_by_the_name_of_the_keyword():
 # What a resume learns of an option otherwise: networks, data and optimizer tell it themselves, or the script does.
 TOLD = """pretrained_model_name_or_path revision concepts_list concepts
     instance_data_dir instance_prompt identifier class_noun dataset_name
-    dataset_config_name dataset_split image_column caption_column train_data_dir max_train_samples validation_split
+    dataset_config_name dataset_split image_column caption_column train_data_dir streaming shuffle_buffer
+    max_train_samples validation_split
     resolution resolution_buckets masked_loss masks_dir alpha_mask with_prior_preservation class_data_dir class_prompt
     num_class_images class_guidance_scale prior_generation_precision prior_loss_weight train_text_encoder rank
     lora_alpha use_dora lora_target_modules adapter use_rslora lokr_factor init_lora_weights loraplus_lr_ratio

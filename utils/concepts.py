@@ -80,5 +80,6 @@ def settle(rows: list[dict] | None, options: dict) -> list[Concept]:
     if rows:
         return [Concept(**(counts | row), number=number) for number, row in enumerate(rows, start=1)]
     if "train_data_dir" in options:
-        return [Concept(options["train_data_dir"], option="train_data_dir")]
+        listed = None if options.get("streaming") else options["train_data_dir"]
+        return [Concept(listed, option="train_data_dir")]
     return [Concept(**counts, **{name: options.get(name) for name in (*PATHS, *TEXTS)})]

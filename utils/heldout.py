@@ -13,10 +13,12 @@ from utils import datasets, losses, randomness
 VISITS = 4  # draws of noise and timestep a picture
 
 
-def split(examples: Sequence, share: float, seed: int) -> tuple[list, list]:
+def split(examples: Sequence, share: float, seed: int) -> tuple[Sequence, Sequence]:
     """=> (examples to train on, examples held out). Chosen by content, so that a new picture moves no other."""
+    if not share:  # a stream is not gone through
+        return examples, []
     chosen = {example.key for example in examples if randomness.rng(seed, f"held out {example.key}").random() < share}
-    if share and not chosen:  # a small set
+    if not chosen:  # a small set
         chosen = {min(examples, key=lambda example: randomness.seed_of(seed, f"held out {example.key}")).key}
     return [one for one in examples if one.key not in chosen], [one for one in examples if one.key in chosen]
 

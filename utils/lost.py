@@ -1,7 +1,7 @@
 """Pictures that were whole when the run began and cannot be read any more: tried again, then a policy decides."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from utils import images
 
@@ -25,7 +25,7 @@ class Lost:
         self.on_bad_image = on_bad_image
         self.reasons: dict[str, str] = {}  # key of a picture => why it cannot be read
 
-    def stand_in(self, candidates: Sequence, record: Callable):
+    def stand_in(self, candidates: Iterable, record: Callable):
         """The record of the first candidate that can be read, the wanted one before others; None if none can be."""
         for example in candidates:
             if example.key not in self.reasons:

@@ -19,6 +19,10 @@ LORA_ONLY |= {"loraplus_lr_ratio": None}
 # accelerate's names for them are variables that its launcher sets.
 ENGINES = {"DeepSpeed": "ACCELERATE_USE_DEEPSPEED", "FSDP": "ACCELERATE_USE_FSDP"}
 
+# What a stream cannot have, and the value that asks for nothing.
+STREAMED_WITHOUT = {"validation_split": 0, "max_train_samples": None, "repeats": 1, "resolution_buckets": "off"}
+STREAMED_WITHOUT |= {"masked_loss": False}
+
 # An option that does nothing without another one, which must be true or, where a value is named, have that value.
 NEEDS = {
     "class_data_dir": "with_prior_preservation",
@@ -28,6 +32,7 @@ NEEDS = {
     "adam_weight_decay_text_encoder": "train_text_encoder",
     "lokr_factor": "adapter lokr",
     "dataset_config_name": "dataset_name",
+    "shuffle_buffer": "streaming",
     "ema_decay": "use_ema",
     "unmasked_weight": "masked_loss",
     "ema_power": "use_ema",
@@ -61,6 +66,7 @@ def check(args: argparse.Namespace, given: dict, defaults: dict, misread: set[st
     has = vars(args).get  # a script need not have every group
     _data(args, has, misread, found)
     _masks(args, has, found)
+    _streaming(args, has, given, found)
     _text_encoder(has, found)
     _adapters(args, has, found)
     _optimizer(args, has, given, found)
@@ -142,6 +148,25 @@ def _masks(args, has, found: Findings) -> None:
         found.complaints.append(
             "--masked_loss with --dataset_name: no mask files there; --alpha_mask takes the pictures' transparency"
         )
+
+
+def _streaming(args, has, given: dict, found: Findings) -> None:
+    """What would have to look at every row first."""
+    if not has("streaming"):
+        return
+    if not has("max_train_steps"):
+        found.complaints.append(
+            "--streaming needs --max_train_steps: a stream is not gone through by the clock of epochs"
+        )
+    for name, default in STREAMED_WITHOUT.items():
+        if has(name) != default:
+            found.complaints.append(
+                f"--{name} with --streaming: it needs the whole set, which is not listed; leave one out"
+            )
+    if given.get("cache_latents") == "on" or has("precomputed_dir"):
+        option = "precomputed_dir" if has("precomputed_dir") else "cache_latents on"
+        found.complaints.append(f"--{option} with --streaming: rows are encoded when they come; leave one out")
+    args.cache_latents = "off"
 
 
 def _text_encoder(has, found: Findings) -> None:

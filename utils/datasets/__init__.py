@@ -161,8 +161,8 @@ class DreamBooth(Dataset):
             shape = self._visit(visits[place])[1]
             caption, flip, corner = self._view(example, 2 * visits[place], shape)
             try:
-                mask = _mirrored(self._resized_mask(example, shape), flip) if example.mask else None
-                picture = _mirrored(self._picture(example, shape, remember=True), flip)
+                mask = mirrored(self._resized_mask(example, shape), flip) if example.mask else None
+                picture = mirrored(self._picture(example, shape, remember=True), flip)
             except images.BadImage:  # lost since the preflight: training will tell
                 continue
             yield example, caption, picture, corner, shape, mask
@@ -251,7 +251,7 @@ class DreamBooth(Dataset):
         remember: bool = True,
     ):
         """(3, height, width): the crop at `place` of a picture that is mirrored first."""
-        picture = _mirrored(self._picture(example, shape, remember), flip)
+        picture = mirrored(self._picture(example, shape, remember), flip)
         top, left = place or images.crop_place(*picture.size, shape, center=True)
         return images.to_tensor(picture.crop((left, top, left + shape[0], top + shape[1])))
 
@@ -261,7 +261,7 @@ class DreamBooth(Dataset):
         if example.mask is None:
             return torch.full((1, height, width), 255, dtype=torch.uint8)
         top, left = place
-        mask = _mirrored(self._resized_mask(example, shape), flip).crop((left, top, left + width, top + height))
+        mask = mirrored(self._resized_mask(example, shape), flip).crop((left, top, left + width, top + height))
         return torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(1, height, width)
 
     def forget(self) -> None:
@@ -295,7 +295,7 @@ class DreamBooth(Dataset):
         return picture
 
 
-def _mirrored(picture, flip: bool):
+def mirrored(picture, flip: bool):
     from PIL import Image
 
     return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else picture

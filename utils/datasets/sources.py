@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import captions as caption_files
-from utils import errors, images, masks, randomness
+from utils import errors, images, masks, randomness, shards
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,21 @@ def captioned(
     masked_loss: bool = False,
     masks_dir: str | None = None,
     alpha_mask: bool = False,
+    streaming: bool = False,
     *,
     seed: int,
     share: Callable | None = None,
-) -> list[Example]:
+) -> Sequence[Example]:
     """Captioned pictures: what the options of a text-to-image script name; a sample of them if fewer are wanted.
 
     share: names in the data set, captions => places of those that are wanted. Nothing else is opened.
     """
+    if streaming:
+        if dataset_name:
+            files = shards.of_hub(dataset_name, dataset_config_name, dataset_split, cache_dir)
+        else:
+            files = shards.local(train_data_dir)
+        return shards.Shards(files, image_column, caption_column)
     how = {"on_bad_image": on_bad_image, "share": share}
     if dataset_name:
         how |= {"image_column": image_column, "caption_column": caption_column or "text", "cache_dir": cache_dir}

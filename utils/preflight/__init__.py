@@ -182,7 +182,7 @@ def _separate(args, problems: Problems) -> None:
         problems.options.append("--output_dir is the base model's folder and would overwrite it; name another folder")
     read = ("masks_dir", "dataset_name", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path")
     named = [(one.named(name), getattr(one, name)) for one in args.concepts for name in concepts.PATHS]
-    read += ("tokenizer_name", "precomputed_dir")
+    read += ("tokenizer_name", "precomputed_dir", "train_data_dir")
     named += [(f"--{name}", getattr(args, name, None)) for name in read]
     for name, path in named if args.overwrite_output_dir else ():
         path = Path(path or output.parent).resolve()

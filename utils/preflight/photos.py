@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils import buckets, captions, images, masks
+from utils import buckets, captions, images, masks, shards
 from utils.concepts import Concept
 from utils.errors import warn
 from utils.preflight import quality
@@ -33,6 +33,9 @@ def look(args: argparse.Namespace, problems) -> list[Found]:
     for concept in args.concepts:
         one = Found(concept)
         found.append(one)
+        if getattr(args, "streaming", False) and args.train_data_dir:
+            problem = shards.complaint(args.train_data_dir)
+            problems.options += [f"--train_data_dir {problem}"] if problem else []
         if concept.instance_data_dir:
             one.photos, one.bad = _folder(args, concept, "instance_data_dir", problems)
             with_mask += _masks(args, concept, one.photos, problems)
@@ -143,7 +146,7 @@ def summary(args: argparse.Namespace, found: Sequence[Found]) -> list[str]:
     """A line for each concept."""
     said = []
     for one in found:
-        line = f"dataset '{args.dataset_name}'"
+        line = f"dataset '{args.dataset_name or getattr(args, 'train_data_dir', None)}'"
         if one.photos is not None:
             by_area = sorted((report.width * report.height, f"{report.width}x{report.height}") for report in one.photos)
             line = f"{len(one.photos)} photos in '{one.concept.instance_data_dir}', {by_area[0][1]}"

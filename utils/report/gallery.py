@@ -81,9 +81,7 @@ def preview(dataset, output_dir) -> None:
     dataset.caption_dropout = 0.0  # the words that are trained on, not whether this visit goes without
     folder = Path(output_dir) / PREVIEW
     folder.mkdir(parents=True, exist_ok=True)
-    counts = {False: 0, True: 0}
-    for example in dataset.examples:
-        counts[bool(example.is_class)] += 1
+    counts = {False: len(dataset.instance), True: len(dataset.classes)}
     want = {kind: min(count, MOST_PHOTOS) for kind, count in counts.items()}
     listed, seen = [], set()
     for position in range(min(len(dataset), 4 * MOST_PHOTOS)):  # the same photo twice would never fill the list
@@ -109,7 +107,7 @@ def contact_sheet(dataset, output_dir, count_tokens=None, limit: int = 0) -> Non
     What a mask leaves out is red. Main process only.
     count_tokens: a caption => its tokens, of which the model reads `limit`.
     """
-    from utils import sheets
+    from utils import images, sheets
 
     cells, notes, marked = [], [], []
     for example, caption, picture, corner, shape, mask in dataset.first_views(MOST_ON_SHEET):
@@ -122,9 +120,11 @@ def contact_sheet(dataset, output_dir, count_tokens=None, limit: int = 0) -> Non
         told = [f"{tokens} of {limit} tokens"] if count_tokens else []
         told += [f"1 of {several} captions"] if several > 1 else []
         told += [f"{shape[0]}x{shape[1]}"] if dataset.bucketed else []
-        name = os.path.basename(str(getattr(example.source, "name", example.source)))
+        name = os.path.basename(images.name_of(example.source))
         notes.append([name, *lines, ", ".join(told)])
         marked.append(tokens > limit)
+    if not cells:
+        return
     stream = io.BytesIO()
     sheets.contact(cells, notes, marked).save(stream, "PNG")
     write_whole(Path(output_dir) / SHEET, stream.getvalue())
