@@ -5,9 +5,10 @@ import shlex
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_models import batch_of, loaded, predict_once
 
-from utils import adapters, targets
+from utils import adapters, saved, targets
 from utils.adapters import starts
 
 KINDS = {
@@ -212,7 +213,7 @@ def test_a_script_resumes_exactly_with_an_average(sd1, photos, tmp_path, words):
         options = (
             f"--pretrained_model_name_or_path '{sd1}' --output_dir '{tmp_path / name}' --report_to none --seed 3"
             f" --instance_data_dir '{photos}' --instance_prompt 'a sks dog' --learning_rate 1e-2 --train_batch_size 1"
-            f" --max_train_steps 3 --checkpointing_steps 2 --use_ema --output_kohya_format {words} {more}"
+            f" --max_train_steps 4 --checkpointing_steps 2 --use_ema --output_kohya_format {words} {more}"
         )
         script.main(script.parse_args(shlex.split(options)))
         return tmp_path / name
@@ -221,9 +222,12 @@ def test_a_script_resumes_exactly_with_an_average(sd1, photos, tmp_path, words):
     (tmp_path / "resumed").mkdir()
     shutil.copytree(whole / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
     assert same(whole, train("resumed", "--resume_from_checkpoint latest"))
+    averaged = load_file(saved.averaged_lora(whole / "checkpoint-4" / adapters.FILE, str(tmp_path)))
+    final = load_file(whole / adapters.FILE)  # what infer.py draws a checkpoint with is what the run ends with
+    assert averaged.keys() == final.keys() and all(torch.equal(averaged[key], final[key]) for key in final)
     with pytest.raises(SystemExit):  # other adapters are another run
         words = ""
-        train("resumed", "--resume_from_checkpoint latest --max_train_steps 4")
+        train("resumed", "--resume_from_checkpoint latest --max_train_steps 6")
 
 
 def test_every_gradient_of_blocks_is_in_those_blocks(sd1):
