@@ -180,3 +180,33 @@ def test_headers_say_what_other_programs_look_up(sdxl, tmp_path):
         assert str(sdxl) not in json.dumps(header)
         want = {"base_model": None, "rank": 2, "alpha": 6, "dora": False, "modules": ["unet"]}
         assert adapters.read_metadata(tmp_path / "dog" / name) == want
+
+
+@pytest.mark.parametrize(
+    ("label", "encoders", "width", "prediction", "want"),
+    [
+        ("stable-diffusion", 1, 768, "epsilon", ("stable-diffusion-v1/lora", "sd_v1", "False")),
+        ("stable-diffusion-inpainting", 1, 1024, "epsilon", ("stable-diffusion-v2-512/lora", "sd_v2", "True")),
+        ("stable-diffusion", 1, 1024, "v_prediction", ("stable-diffusion-v2-768-v/lora", "sd_v2_v", "True")),
+        (
+            "stable-diffusion-xl-inpainting",
+            2,
+            2048,
+            "epsilon",
+            ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0", "False"),
+        ),
+    ],
+)
+def test_the_base_is_called_as_other_programs_call_it(label, encoders, width, prediction, want):
+    from types import SimpleNamespace as Fake
+
+    family = Fake(
+        label=label,
+        encoders=["text_encoder", "text_encoder_2"][:encoders],
+        unet=Fake(config=Fake(cross_attention_dim=width)),
+        own_scheduler=Fake(config=Fake(prediction_type=prediction)),
+    )
+    told = adapters.describe_base(family)
+    assert (told["modelspec.architecture"], told["ss_base_model_version"], told["ss_v2"]) == want
+    family.label = "deepfloyd-if"
+    assert adapters.describe_base(family) == {}

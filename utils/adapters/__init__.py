@@ -141,7 +141,9 @@ def forget_alpha_of_whole_factors(module: torch.nn.Module) -> None:
 
 def describe_base(family) -> dict[str, str]:
     """What other programs look up in a file's header: the kind of base model, for the lists they show."""
-    two, wide = family.label == "stable-diffusion-xl", family.unet.config.cross_attention_dim == 1024
+    if not family.label.startswith("stable-diffusion"):
+        return {}
+    two, wide = "text_encoder_2" in family.encoders, family.unet.config.cross_attention_dim == 1024
     v_prediction = family.own_scheduler.config.prediction_type == "v_prediction"
     version = "sdxl_base_v1-0" if two else ("sd_v2_v" if v_prediction else "sd_v2") if wide else "sd_v1"
     second = "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
