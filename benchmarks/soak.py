@@ -92,7 +92,7 @@ def passed(told: dict) -> bool:
 
 def soak(script, options, folder: Path, kills: int, mid_save: int, seed: int, run=None, say=lambda line: None) -> dict:
     """Everything `main` does, without the table. `run(words)`: how the runs that nobody kills are run."""
-    total = (MOST_STEPS + SPARE_STEPS) * kills
+    total = (MOST_STEPS + SPARE_STEPS) * kills + 20
     command = [sys.executable, str(HERE.parent / f"{script}.py"), *options, "--max_train_steps", str(total)]
     run = run or (lambda words: subprocess.run([*command[:2], *words], check=True, stdout=subprocess.DEVNULL))
     straight, killed, control = folder / "straight", folder / "killed", folder / "control"
