@@ -185,7 +185,8 @@ def recorded_base(path: Path) -> Base | None:
         settings = read_yaml(place / "training_config.yaml")
         if name := settings.get("pretrained_model_name_or_path"):
             own = {"vae": settings.get("pretrained_vae_model_name_or_path")}
-            own |= {key: settings.get(key) for key in ("prediction_type", "rescale_betas_zero_snr", "clip_skip")}
+            asked = ("prediction_type", "rescale_betas_zero_snr", "clip_skip")
+            own |= {key: settings[key] for key in asked if key in settings}
             records.append(Base(str(name), settings.get("revision"), settings.get("variant"), **own))
         if name := read_yaml(place / "README.md").get("base_model"):
             records.append(Base(str(name[0] if isinstance(name, list) else name)))
