@@ -53,6 +53,7 @@ def test_short_names_of_embedded_models(tmp_path, monkeypatch):
     [
         ({"_class_name": "FluxPipeline"}, "FluxPipeline"),
         ({"_class_name": "IFPipeline"}, "IF comes with its family"),
+        ({"_class_name": "AltDiffusionPipeline"}, "its text encoder is of another kind"),
         (None, "without model_index.json"),
         ("{", "not valid JSON"),
     ],

@@ -130,6 +130,7 @@ def test_what_contradicts_itself_is_refused(train, capsys):
     for options, says in (
         ("--snr_gamma 5 --debiased_estimation", "leave one out"),
         ("--timestep_bias_strategy range --timestep_bias_begin 500 --timestep_bias_end 400", "is not before"),
+        ("--edm_sigmas lognormal", "needs --do_edm_style_training"),
         ("--rescale_betas_zero_snr", "--prediction_type v_prediction"),
         ("--do_edm_style_training --loss_type huber --huber_schedule exponential", "snr fits"),
     ):

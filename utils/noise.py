@@ -295,15 +295,12 @@ def corruption_for(
         return huber_delta(sigma, huber_c, huber_schedule, passed)
 
     if is_edm(scheduler):
-        errors.refuse(complaints) if complaints else None
+        if complaints:
+            errors.refuse(complaints)
         return EDM(scheduler, *common, delta=delta, lognormal=lognormal)
     count = len(scheduler.alphas_cumprod)
-    often = None
-    if timestep_bias_strategy:
-        if timestep_bias_strategy == "range" and timestep_bias_end > count:
-            complaints.append(f"--timestep_bias_end {timestep_bias_end}: the model has {count} timesteps.")
-        span = (timestep_bias_begin, timestep_bias_end, timestep_bias_portion)
-        often = timestep_probabilities(count, timestep_bias_strategy, timestep_bias_multiplier, *span)
+    if timestep_bias_strategy == "range" and timestep_bias_end > count:
+        complaints.append(f"--timestep_bias_end {timestep_bias_end}: the model has {count} timesteps.")
     if prediction_type == "epsilon" and float(scheduler.alphas_cumprod[-1]) == 0 and debiased_estimation:
         complaints.append(
             "--debiased_estimation: the last timestep is all noise (zero terminal SNR) and would count infinitely in"
@@ -311,6 +308,10 @@ def corruption_for(
         )
     if complaints:
         errors.refuse(complaints)
+    often = None
+    if timestep_bias_strategy:
+        span = (timestep_bias_begin, timestep_bias_end, timestep_bias_portion)
+        often = timestep_probabilities(count, timestep_bias_strategy, timestep_bias_multiplier, *span)
 
     def weigh(snr):
         if debiased_estimation:

@@ -84,6 +84,8 @@ def objective(args: argparse.Namespace, folder: Path | None) -> list[str]:
         clashes = relations.against_edm(vars(args).get)
         clashes += ["--rescale_betas_zero_snr: there are no betas"] if args.rescale_betas_zero_snr else []
         return [f"{model} has an {kind}, so training is EDM-style. {clash}: leave it out" for clash in clashes]
+    if args.edm_sigmas == "lognormal" and not args.do_edm_style_training:
+        return [f"--edm_sigmas lognormal needs --do_edm_style_training: {model} has no EDM scheduler"]
     if args.rescale_betas_zero_snr and not args.prediction_type and predicts == "epsilon":
         return [
             f"--rescale_betas_zero_snr: {args.pretrained_model_name_or_path} predicts epsilon, and noise cannot be told"
