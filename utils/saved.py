@@ -31,7 +31,7 @@ class Base:
     variant: str | None = None
     vae: str | None = None  # that the run used instead of the model's own
     prediction_type: str | None = None
-    rescale_betas_zero_snr: bool = False
+    rescale_betas_zero_snr: bool | None = None
     clip_skip: int | None = None
 
 
