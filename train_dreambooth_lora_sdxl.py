@@ -122,7 +122,7 @@ def main(args):
         eps=args.adam_epsilon,
         eight_bit=args.use_8bit_adam,
     )
-    optimizer = run.prepare(family, learns, optimizer)
+    optimizer = call(run.prepare, family, learns, optimizer)
     schedule = optimizers.schedule(
         optimizer, args.lr_scheduler, args.lr_warmup_steps, total_steps, args.lr_num_cycles, args.lr_power
     )

@@ -26,6 +26,7 @@ def parse_args(argv=None):
     arguments.add_loss(parser)
     arguments.add_dream(parser)
     arguments.add_ema(parser)
+    arguments.add_full_training(parser)
     arguments.add_memory(parser)
     arguments.add_checkpoints(parser, output_dir="sd-model-finetuned")
     arguments.add_validation(parser, validation_epochs=5, num_validation_images=1)
@@ -62,7 +63,7 @@ def main(args):
         tokenizer=args.tokenizer_name,
         vae=args.pretrained_vae_model_name_or_path,
     )
-    learns = learning.full(family, text_encoder=args.train_text_encoder)
+    learns = call(learning.full, family, text_encoder=args.train_text_encoder)
     family.configure(args.gradient_checkpointing, xformers=args.enable_xformers_memory_efficient_attention)
 
     # Data: captioned pictures, some of them held out for a loss that can be compared.
@@ -103,7 +104,7 @@ def main(args):
         eps=args.adam_epsilon,
         eight_bit=args.use_8bit_adam,
     )
-    optimizer = run.prepare(family, learns, optimizer)
+    optimizer = call(run.prepare, family, learns, optimizer)
     schedule = optimizers.schedule(
         optimizer, args.lr_scheduler, args.lr_warmup_steps, total_steps, args.lr_num_cycles, args.lr_power
     )

@@ -341,7 +341,8 @@ TOLD = """pretrained_model_name_or_path revision concepts_list concepts
 CHANGEABLE = """config dry_run allow_pickle cache_dir repeats on_bad_image precomputed_dir
     dataloader_num_workers sample_batch_size
     text_encoder_lr adam_weight_decay_text_encoder num_train_epochs max_train_steps max_train_minutes learning_rate
-    scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power max_grad_norm adam_beta1 adam_beta2 adam_weight_decay
+    scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power max_grad_norm
+    fused_backward adam_beta1 adam_beta2 adam_weight_decay
     adam_epsilon offload_ema gradient_checkpointing enable_xformers_memory_efficient_attention cache_latents compile
     deterministic output_kohya_format
     output_dir overwrite_output_dir checkpointing_steps checkpoints_total_limit resume_from_checkpoint

@@ -15,13 +15,13 @@ WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors"}
 WEIGHTS |= dict.fromkeys(("text_encoder", "text_encoder_2"), "model.safetensors")
 
 
-def full(family, text_encoder: bool = False) -> "Full":
-    """Let the UNet learn, and the text encoders if asked. Their weights are fp32, whatever the frozen rest is in."""
-    modules = {}
+def full(family, text_encoder: bool = False, train_weights_in: str = "fp32") -> "Full":
+    """Let the UNet learn, and the text encoders if asked, in this precision whatever the frozen rest is in."""
+    dtype, modules = {"fp32": torch.float32, "bf16": torch.bfloat16}[train_weights_in], {}
     for name in ["unet", *(family.encoders if text_encoder else [])]:
         module = getattr(family, name)
-        if module is None or any(p.dtype != torch.float32 for p in module.parameters()):
-            module = family.load_module(name, torch.float32)
+        if module is None or any(p.dtype != dtype for p in module.parameters()):
+            module = family.load_module(name, dtype)
         modules[name] = module.requires_grad_(True).train()
     return Full(modules)
 

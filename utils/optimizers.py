@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from utils import errors
 
-NAMES = ("adamw", "adamw8bit", "prodigy", "adafactor", "lion", "sgd")
+NAMES = ("adamw", "adamw8bit", "prodigy", "adafactor", "lion", "sgd", "paged_adamw8bit")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 WARMUP = 500  # steps, or a tenth of all if that is less, where the schedule warms up and the user gave no number
 
@@ -28,11 +28,13 @@ def create(
     name = name.lower()
     groups = [dict(group) for group in groups]
     rate = groups[0]["lr"]
-    if eight_bit and name not in ("adamw", "adamw8bit", "lion"):
+    if eight_bit and name not in ("adamw", "adamw8bit", "paged_adamw8bit", "lion"):
         errors.refuse(f"--use_8bit_adam works with --optimizer adamw or lion, not {name}")
     if name == "adamw" and not eight_bit:
         # One kernel over all weights instead of a dozen: about three times faster, on CPUs and GPUs alike.
         return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=fused_works(groups))
+    if name == "paged_adamw8bit":  # its moments move to main memory when the GPU's is short
+        return bitsandbytes(name).PagedAdamW8bit(groups, lr=rate, betas=betas, eps=eps)
     if name in ("adamw", "adamw8bit"):
         return bitsandbytes(name).AdamW8bit(groups, lr=rate, betas=betas, eps=eps)
     if name == "lion":

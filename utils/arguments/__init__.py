@@ -29,7 +29,7 @@ from utils.arguments.settings import (
 
 __all__ = ["caller", "defaults", "identity", "new_parser", "parse", "public", "save"]  # and the groups below
 
-OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "sgd", "lion")
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "sgd", "lion", "paged_adamw8bit")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact")
 STARTS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora")
@@ -239,7 +239,9 @@ def add_optimizer(
     add("lr_warmup_steps", whole(0), None, "optimizer steps of warm-up, for constant too", unset=unset)
     add("lr_num_cycles", whole(1), 1, "hard restarts of cosine_with_restarts")
     add("lr_power", number(above=0), 1.0, "power of polynomial")
-    add("max_grad_norm", number(above=0), 1.0, "gradients are clipped to this norm")
+    add("max_grad_norm", number(0), 1.0, "gradients are clipped to this norm; 0: not at all")
+    help = "step each weight within the backward pass and free its gradient at once; needs --max_grad_norm 0"
+    add("fused_backward", flag, False, help)
     add("adam_beta1", number(0, below=1), 0.9, "decay of the gradient's average (also Prodigy, Lion)")
     add("adam_beta2", number(0, below=1), 0.999, "decay of its square's average (also Prodigy, Lion)")
     add("adam_weight_decay", number(0), adam_weight_decay, "weight decay")
@@ -300,6 +302,14 @@ def add_ema(parser: argparse.ArgumentParser) -> None:
     add("ema_interval", whole(1), 1, "optimizer steps between updates")
     add("offload_ema", flag, False, "keep the averages in main memory: slower, frees one copy on the GPU")
     add("foreach_ema", flag, False, "accepted; all averages are always updated in one call")
+
+
+def add_full_training(parser: argparse.ArgumentParser) -> None:
+    add = group(parser, "Weights that learn")
+    help = (
+        "precision in which they are kept; bf16 halves them, and rounds each update by chance so that small ones count"
+    )
+    add("train_weights_in", choice("fp32", "bf16"), "fp32", help)
 
 
 def add_memory(parser: argparse.ArgumentParser) -> None:

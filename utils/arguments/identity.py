@@ -16,6 +16,7 @@ COMPARED = {
     "random_flip": False,
     "image_interpolation_mode": "lanczos",
     "alpha_background": "white",
+    "train_weights_in": "fp32",
     "caption_dropout": 0.0,
     "unmasked_weight": 0.0,
     "lora_dropout": 0.0,

@@ -70,6 +70,7 @@ def check(args: argparse.Namespace, given: dict, defaults: dict, misread: set[st
     _text_encoder(has, found)
     _adapters(args, has, found)
     _optimizer(args, has, given, found)
+    _weightwise(has, found)
     _engine(has, found)
     _noise(args, has, given, found)
     _validation(args, has, given, found)
@@ -217,12 +218,12 @@ def _adapters(args, has, found: Findings) -> None:
 
 
 def _optimizer(args, has, given: dict, found: Findings) -> None:
-    if has("use_8bit_adam") and has("optimizer") not in ("adamw", "adamw8bit", "lion"):
+    if has("use_8bit_adam") and has("optimizer") not in ("adamw", "adamw8bit", "paged_adamw8bit", "lion"):
         found.complaints.append(
             f"--use_8bit_adam with --optimizer {has('optimizer')}: 8-bit states are AdamW's and Lion's; leave one out"
         )
     elif "optimizer" in args:  # one spelling, so that two ways to say the same are the same run
-        args.use_8bit_adam = has("use_8bit_adam") or has("optimizer") == "adamw8bit"
+        args.use_8bit_adam = has("use_8bit_adam") or has("optimizer") in ("adamw8bit", "paged_adamw8bit")
         if args.use_8bit_adam and args.optimizer == "adamw":
             args.optimizer = "adamw8bit"
     if has("optimizer") == "prodigy" and has("learning_rate") <= 0.1:
@@ -243,6 +244,34 @@ def _optimizer(args, has, given: dict, found: Findings) -> None:
         )
     if args.lr_scheduler == "constant" and args.lr_warmup_steps:
         args.lr_scheduler = "constant_with_warmup"
+
+
+def _weightwise(has, found: Findings) -> None:
+    """Steps within the backward pass know one gradient at a time."""
+    if has("train_weights_in") == "bf16":
+        if not has("fused_backward"):
+            found.complaints.append(
+                "--train_weights_in bf16 needs --fused_backward, which raises one weight at a time for its step"
+            )
+        if has("use_ema"):
+            found.complaints.append("--train_weights_in bf16 with --use_ema: too coarse for averages; leave one out")
+    if not has("fused_backward"):
+        return
+    precision = has("mixed_precision") or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    against = {
+        "--gradient_accumulation_steps": has("gradient_accumulation_steps") > 1
+        and "a gradient is used when it is there",
+        "--max_grad_norm": has("max_grad_norm") and "their norm is known after the step; give --max_grad_norm 0",
+        "--mixed_precision fp16": precision == "fp16" and "its scaler looks at all gradients before a step; use bf16",
+        "--on_nan skip": has("on_nan") == "skip" and "a step that was taken cannot be left out",
+        "--optimizer prodigy": has("optimizer") == "prodigy" and "it estimates one step size from all weights",
+        "--num_processes": several and "gradients are exchanged before a step; one process only",
+        (engine_asked_for() or ""): engine_asked_for() and "it steps by itself",
+    }
+    for option, why in against.items():
+        if why:
+            found.complaints.append(f"--fused_backward with {option}: {why}")
 
 
 def engine_asked_for() -> str | None:

@@ -22,7 +22,7 @@ LORA_TARGETS = {
     "text_encoder_2": ("q_proj", "k_proj", "v_proj", "out_proj"),
 }
 # Bytes of optimizer state a parameter. Adafactor keeps a row and a column a matrix, Prodigy Adam's two and two more.
-STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 0.1, "sgd": 4, "lion": 4}
+STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2, "prodigy": 16, "adafactor": 0.1, "sgd": 4, "lion": 4}
 
 
 @dataclass
@@ -174,16 +174,17 @@ def _memory_and_disk(plan: Plan, args, adapters: bool) -> None:
     precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
     frozen = 4 if precision == "no" else 2  # bytes a parameter
     learning = sum(plan.learns.values())
+    kept = 2 if getattr(args, "train_weights_in", "fp32") == "bf16" else 4
     for name, count in plan.networks.items():
         whole_learns = not adapters and name in plan.learns
-        plan.memory[name] = count * (4 if whole_learns else frozen)
+        plan.memory[name] = count * (kept if whole_learns else frozen)
     if adapters:
         plan.memory["adapters"] = 4 * learning
-    plan.memory["gradients"] = 4 * learning
+    plan.memory["gradients"] = 0 if args.fused_backward else 4 * learning
     plan.memory["optimizer"] = int(STATE_BYTES[args.optimizer] * learning)
     if args.use_ema:
         plan.memory["average"] = 4 * learning
-    plan.checkpoint_bytes = 4 * learning + plan.memory["optimizer"] + plan.memory.get("average", 0)
+    plan.checkpoint_bytes = kept * learning + plan.memory["optimizer"] + plan.memory.get("average", 0)
     plan.result_bytes = 4 * learning if adapters else sum(plan.memory[name] for name in plan.networks)
     if engine_asked_for() == "DeepSpeed":  # and its own copy of the weights
         plan.main_memory = plan.memory.pop("gradients") + plan.memory.pop("optimizer") + 4 * learning

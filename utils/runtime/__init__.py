@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from utils import errors, randomness
+from utils import errors, randomness, weightwise
 from utils.runtime import engines, guard, memory, progress, signals, stand_ins, startup, trackers
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -85,6 +85,7 @@ class Run:
         self._agreed = 0  # the exit code that all processes agreed to stop with
         self.engine = engines.made_for(accelerator, accumulate)
         self._wrapped, self._parameters = {}, None  # modules as prepared; (learns, its parameters)
+        self._fused = None  # the optimizer's step inside the backward pass
         self._loss, self._examples = None, []  # of the optimizer step under way
         self.told = {}  # loss, gradient norm, learning rate, seconds of the last completed step
         self._line = None
@@ -204,8 +205,10 @@ class Run:
 
     # Training
 
-    def prepare(self, family, learns, optimizer):
+    def prepare(self, family, learns, optimizer, fused_backward: bool = False):
         """Only what learns is wrapped (precision, several processes, compilation); data and schedule are ours."""
+        if fused_backward:
+            self._fused = weightwise.FusedBackward(optimizer, self.seed)
         self._wrapped, optimizer = self.engine.prepare(learns.modules, optimizer)
         for name, module in self._wrapped.items():
             family.use(name, module)
@@ -276,6 +279,8 @@ class Run:
         The one moment per optimizer step at which the host waits for the device: loss, gradient norm and the wish
         to stop are fetched together. `facts` (timesteps, error per example) are looked at only if the guard fires.
         """
+        if self._fused:  # each weight is stepped as soon as its gradient is there
+            self._fused.begin(self.step + 1, loss)
         self.engine.backward(loss)  # divides by the accumulation steps
         part = loss.detach().float() / self.accumulation
         self._loss = part if self._loss is None else self._loss + part
@@ -288,7 +293,7 @@ class Run:
         parameters = self.engine.holders(self._parameters[1], optimizer)
         if self.scaler is not None:
             self.scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
-        norm = guard.gradient_norm(parameters).to(self.device)
+        norm = (self._fused.norm() if self._fused else guard.gradient_norm(parameters)).to(self.device)
         loss, size, self._agreed, stood_in, unusable = self._agree(self._loss, norm)
         if unusable:  # what this step saw is not what was asked for: it is left out, and the run ends before it
             self._agreed = errors.DATA
