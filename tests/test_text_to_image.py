@@ -167,6 +167,16 @@ def test_dream_trains_and_is_refused_for_other_predictions(train, capsys):
     assert refused.value.code == 2 and "--dream_training" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_dream_is_refused_for_a_model_that_predicts_velocity(train, sd2, seen, monkeypatch, capsys):
+    """By itself, without an option that says so; also where the model comes from the hub after the preflight."""
+    if not seen:
+        monkeypatch.setattr("utils.preflight.model_folder.objective", lambda *_: [])
+    with pytest.raises(SystemExit) as refused:
+        train("train_text_to_image_lora", "--max_train_steps 1 --dream_training", "no", model=sd2)
+    assert refused.value.code == 2 and "predicts v_prediction" in capsys.readouterr().err
+
+
 # The commands people type, with a tiny model and two steps.
 COMMANDS = {
     "train_text_to_image": "--use_ema --resolution 64 --center_crop --random_flip --train_batch_size 1"

@@ -239,6 +239,9 @@ def dream(noisy: Noisy, prediction: torch.Tensor, alphas_cumprod: torch.Tensor, 
 
 def dream_with(family, noisy: Noisy, condition, detail: float = 1.0) -> Noisy:
     """One more forward pass, without gradients, tells what the network would answer."""
+    predicts = family.scheduler.config.prediction_type
+    if predicts != "epsilon":  # the preflight sees only what is on the disk; for others the formulas are others
+        errors.refuse(f"--dream_training is made for epsilon prediction, and this model predicts {predicts}")
     with torch.no_grad():
         prediction = family.predict(noisy.inputs, noisy.timesteps, condition)
     return dream(noisy, prediction, family.scheduler.alphas_cumprod, detail)

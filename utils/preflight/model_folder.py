@@ -86,7 +86,10 @@ def objective(args: argparse.Namespace, folder: Path | None) -> list[str]:
         return [f"{model} has an {kind}, so training is EDM-style. {clash}: leave it out" for clash in clashes]
     if args.edm_sigmas == "lognormal" and not args.do_edm_style_training:
         return [f"--edm_sigmas lognormal needs --do_edm_style_training: {model} has no EDM scheduler"]
-    if args.rescale_betas_zero_snr and not args.prediction_type and predicts == "epsilon":
+    predicts = args.prediction_type or predicts
+    if getattr(args, "dream_training", False) and predicts != "epsilon":
+        return [f"--dream_training is made for epsilon prediction, and {model} predicts {predicts}; leave it out"]
+    if args.rescale_betas_zero_snr and predicts == "epsilon":
         return [
             f"--rescale_betas_zero_snr: {args.pretrained_model_name_or_path} predicts epsilon, and noise cannot be told"
             " from pure noise; train velocity: --prediction_type v_prediction"
