@@ -124,6 +124,9 @@ def test_folders_of_this_machine_and_tokens_stay_here(folder, tmp_path):
     base = tmp_path / "my models" / "base"
     base.mkdir(parents=True)
     make_card(folder, base_model=str(base), facts={"note": f"token {TOKEN}"})
+    subjects = [{"instance_data_dir": str(tmp_path / "home of Ann"), "instance_prompt": "a photo of sks dog"}]
+    with (folder / "training_config.yaml").open("a") as settings:
+        settings.write(yaml.safe_dump({"concepts_list": subjects}))
     assert ModelCard.load(folder / "README.md").data.base_model == str(base)  # here it can be loaded from the card
     sent = hub.selected(folder, TOKEN)
     for name in ("README.md", "training_config.yaml"):
@@ -131,6 +134,7 @@ def test_folders_of_this_machine_and_tokens_stay_here(folder, tmp_path):
         assert str(tmp_path) not in text and TOKEN not in text
     assert ModelCard(sent["README.md"].decode()).data.base_model is None
     settings = yaml.safe_load(sent["training_config.yaml"])
+    assert settings["concepts_list"] == [subjects[0] | {"instance_data_dir": "home of Ann"}]
     assert (
         settings["instance_data_dir"] == "family photos"
         and "hub_token" not in settings

@@ -199,6 +199,8 @@ def _public_settings(text: str) -> str:
     def clean(value):
         if isinstance(value, list):
             return [clean(each) for each in value]
+        if isinstance(value, dict):  # a subject of --concepts_list
+            return {name: clean(each) for name, each in value.items()}
         return Path(value).name if isinstance(value, str) and value and is_local(value) else value
 
     settings = yaml.safe_load(text) or {}
