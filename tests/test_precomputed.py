@@ -164,6 +164,41 @@ def test_precomputed_is_as_not_precomputed(train, compute, monkeypatch):
     assert len(found) == 4 + 3 and np.allclose(found, expected, rtol=1e-4)
 
 
+def test_a_text_encoder_that_learns_is_asked_anew(train, compute, monkeypatch):
+    """Samples too show what it says now, not what was stored when it had learned nothing."""
+    from utils.models.latent_diffusion import LatentDiffusion
+
+    heard = []
+    asked = LatentDiffusion.sampling_prompts
+
+    def listen(family, *words):
+        found = asked(family, *words)
+        heard.append(found["negative_prompt_embeds"])
+        return found
+
+    monkeypatch.setattr(LatentDiffusion, "sampling_prompts", listen)
+    options = "--train_text_encoder --learning_rate 1e-2 --validation_steps 2 --validation_num_inference_steps 1"
+    options += " --validation_prompt 'picture 3' --num_validation_images 1"
+    train("train_text_to_image", f"{options} --precomputed_dir '{compute()}'")
+    assert len(heard) == 3 and not torch.allclose(heard[0], heard[-1], atol=1e-4)
+
+
+def test_processes_that_write_the_same_do_not_trip_each_other(tmp_path, monkeypatch):
+    """All shards begin with the same manifest; whoever is first takes the files of the others for leftovers."""
+    path, renaming = tmp_path / precomputed.MANIFEST, Path.rename
+
+    def late(temporary, target):
+        monkeypatch.setattr(Path, "rename", renaming)
+        temporary.with_name(f"{temporary.name}-other").write_bytes(b"same")
+        temporary.with_name(f"{temporary.name}-other").rename(target)
+        temporary.unlink()  # by the other, at its end
+        return renaming(temporary, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    precomputed._write(path, b"same")
+    assert path.read_bytes() == b"same" and list(tmp_path.iterdir()) == [path]
+
+
 def test_buckets_are_stored_too_and_held_out_pictures_stay_square(train, compute):
     shapes = "--resolution_buckets 64x64,128x64"
     options = f"--validation_split 0.2 --validation_steps 2 {shapes}"

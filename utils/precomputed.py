@@ -143,7 +143,11 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        temporary.rename(path)
+    except FileNotFoundError:  # another process wrote the same just now, and took ours for a leftover
+        if not path.exists():
+            raise
     for left in path.parent.glob(f".{path.name}.*"):  # of a process that was killed here
         left.unlink(missing_ok=True)
 

@@ -87,17 +87,18 @@ def _stored(run, family, dataset, beside, folder: str) -> None:
         names = images.name_of(missing[0].source)
         complaints.append(f"--precomputed_dir {folder}: {len(missing)} of {len(wanted)} views are not in it ({names}, "
                           f"...); {again}")  # fmt: skip
-    strangers = sorted(set(dataset.captions()) - store.texts.keys()) if store.texts else []
+    learning = family.encoders.keys() & family.trainable.keys()  # what they said beforehand is soon out of date
+    strangers = sorted(set(dataset.captions()) - store.texts.keys()) if store.texts and not learning else []
     if strangers and not complaints:
         complaints.append(f"--precomputed_dir {folder}: {len(strangers)} captions are not in it ({strangers[0]!r}, "
                           f"...); {again}")  # fmt: skip
     if complaints:
         errors.refuse(complaints)
-    dataset.latents, family.stored_prompts = store, store.texts
+    dataset.latents, family.stored_prompts = store, {} if learning else store.texts
     if beside is not None:
         there = all((example.key, *row) in store.rows for example, *row in views(beside))
         beside.latents = store if there else _encode(run, family, beside, None)
-    run.say(f"{len(wanted)} latents and {len(store.texts)} captions are read from '{folder}'")
+    run.say(f"{len(wanted)} latents and {len(family.stored_prompts)} captions are read from '{folder}'")
     family.release_image_encoder()
 
 
