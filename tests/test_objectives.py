@@ -187,8 +187,9 @@ def test_infer_draws_with_the_layers_that_were_trained(train, sd1, tmp_path):
         f"--lora '{folder}' --prompt '{PROMPT}' --seed 3 --width 64 --height 64 --num_inference_steps 4 --device cpu"
     )
     ours = np.asarray(Image.open(folder / "samples" / "step-000001" / "00-00.png"), dtype=int)
-    for skip, alike in (("", True), ("--clip_skip 0", False)):
-        given = f"{words} --num_images 1 {skip} --output_dir '{tmp_path / f'images{skip}'}'"
+    named = f"--pretrained_model_name_or_path '{model}'"  # says nothing about how the run listened to it
+    for skip, alike in (("", True), ("--clip_skip 0", False), (named, True)):
+        given = f"{words} --num_images 1 {skip} --output_dir '{tmp_path / f'images{alike}'}'"
         (file, *_) = infer.main(infer.parse_args(shlex.split(given)))
         assert (np.abs(np.asarray(Image.open(file), dtype=int) - ours).max() <= 2) == alike
 

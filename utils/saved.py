@@ -13,6 +13,7 @@ from utils import models
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+CHANGED = ("prediction_type", "rescale_betas_zero_snr", "clip_skip")  # options of a run that are of its model
 MODULES = ("unet", "text_encoder", "text_encoder_2")  # what a full checkpoint can hold
 
 
@@ -152,6 +153,7 @@ def averaged_lora(file: Path, folder: str) -> Path:
 
 def base(given: str | None, loras: list, full_checkpoint: str | None, wrong: list) -> Base | None:
     """The base model: the one given, else the one that everything saved agrees on."""
+    files = ([Path(full_checkpoint).expanduser()] if full_checkpoint else []) + [lora.file for lora in loras]
     if given:
         path = Path(given).expanduser()
         if path.is_dir() and not is_pipeline(given):
@@ -159,8 +161,7 @@ def base(given: str | None, loras: list, full_checkpoint: str | None, wrong: lis
             remedy = f"; what it holds belongs to {option}" if option else ""
             wrong.append(f"--pretrained_model_name_or_path {given} is no pipeline folder (no model_index.json){remedy}")
             return None
-        return Base(given)
-    files = ([Path(full_checkpoint).expanduser()] if full_checkpoint else []) + [lora.file for lora in loras]
+        return as_trained(Base(given), [*files, *([path] if path.is_dir() else [])])
     if not files:
         wrong.append("there is no model; give --pretrained_model_name_or_path, --lora or --checkpoint")
         return None
@@ -170,7 +171,23 @@ def base(given: str | None, loras: list, full_checkpoint: str | None, wrong: lis
     elif len(found) > 1:
         names = ", ".join(sorted(found))
         wrong.append(f"what was saved belongs to several base models ({names}); give --pretrained_model_name_or_path")
-    return next(iter(found.values())) if len(found) == 1 else None
+    return as_trained(next(iter(found.values())), files) if len(found) == 1 else None
+
+
+def as_trained(base: Base, paths: list[Path]) -> Base:
+    """What the options of a run changed about its model holds wherever that is taken from now; the first run that
+    left its settings decides."""
+    records = (read_yaml(place / "training_config.yaml") for path in paths for place in _places(path))
+    settings = next((record for record in records if "pretrained_model_name_or_path" in record), {})
+    for name in CHANGED:
+        setattr(base, name, settings.get(name))
+    return base
+
+
+def _places(path: Path) -> tuple[Path, ...]:
+    """Where a run may have written down what it was: beside the file, for a checkpoint also beside that."""
+    folder = path if path.is_dir() else path.parent
+    return (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,)
 
 
 def recorded_base(path: Path) -> Base | None:
@@ -179,14 +196,11 @@ def recorded_base(path: Path) -> Base | None:
     A run may have been moved since: the first record that still leads to a model counts, else the first one, so that
     the complaint can name it.
     """
-    folder = path if path.is_dir() else path.parent
     records = []
-    for place in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
+    for place in _places(path):
         settings = read_yaml(place / "training_config.yaml")
         if name := settings.get("pretrained_model_name_or_path"):
             own = {"vae": settings.get("pretrained_vae_model_name_or_path")}
-            asked = ("prediction_type", "rescale_betas_zero_snr", "clip_skip")
-            own |= {key: settings[key] for key in asked if key in settings}
             records.append(Base(str(name), settings.get("revision"), settings.get("variant"), **own))
         if name := read_yaml(place / "README.md").get("base_model"):
             records.append(Base(str(name[0] if isinstance(name, list) else name)))
