@@ -55,39 +55,52 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def in_a_child(killed_at, work):
-    """The status of a process that is killed when it has written its `killed_at`-th file and not renamed it."""
-    child = os.fork()
-    if child:
-        return os.waitpid(child, 0)[1]
+KILLED = """
+import os, runpy, signal, sys
+from utils import precomputed
+precomputed.BLOCK, fsync, calls = 2, os.fsync, []
+def counted(file):
+    fsync(file)
+    calls.append(file)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = counted
+runpy.run_module("utils.cache", run_name="__main__")
+"""
+
+
+def kill(monkeypatch, work):
+    """As much as a kill leaves: nothing is tidied up after the second file was written and not renamed."""
     fsync, calls = os.fsync, []
 
     def counted(file):
-        calls.append(file)
         fsync(file)
-        if len(calls) == killed_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        calls.append(file)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
 
-    os.fsync = counted
-    try:
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "fsync", counted)
         work()
-        os._exit(0)
-    finally:
-        os._exit(9)
 
 
-def test_killed_shards_leave_what_one_shard_leaves(compute, tmp_path, monkeypatch, capsys):
+def test_killed_shards_leave_what_one_shard_leaves(compute, sd1, pictures, tmp_path, monkeypatch, capsys):
     """Two of four are killed in the middle of writing (kill -9 before a block is renamed) and started again."""
     monkeypatch.setattr(precomputed, "BLOCK", 2)
     whole = contents(compute("whole"))
     assert len(whole) > 8 and not any(name.startswith(".") for name in whole)
-    for shard in range(4):
-        killed_at = {1: 3, 3: 2}.get(shard)  # the manifest is the first file that shard 0 writes
-        status = in_a_child(killed_at, lambda: compute("four", f"--num_shards 4 --shard_index {shard}"))  # noqa: B023
-        assert status == (signal.SIGKILL if killed_at else 0)
+    options = "--num_shards 4 --shard_index"
+    for shard in (0, 2):
+        compute("four", f"{options} {shard}")
+    kill(monkeypatch, lambda: compute("four", f"{options} 1"))
+    words = shlex.split(f"--pretrained_model_name_or_path '{sd1}' --train_data_dir '{pictures}' {SHAPE} {options} 3")
+    command = [sys.executable, "-c", KILLED, *words, "--output_dir", str(tmp_path / "four")]
+    assert subprocess.run(command, cwd=ROOT, timeout=600).returncode == -signal.SIGKILL
     left = contents(tmp_path / "four")
     assert len(left) < len(whole) + 2 and any(name.startswith(".") for name in left), "a piece of a block is there"
     capsys.readouterr()
+    compute("four", f"{options} 1 --dry_run")
+    assert " 1 were there" in capsys.readouterr().out and contents(tmp_path / "four") == left, "only told"
     for shard in (1, 3):
         folder = compute("four", f"--num_shards 4 --shard_index {shard}")
     assert contents(folder) == whole
@@ -199,12 +212,14 @@ def test_processes_that_write_the_same_do_not_trip_each_other(tmp_path, monkeypa
     assert path.read_bytes() == b"same" and list(tmp_path.iterdir()) == [path]
 
 
-def test_buckets_are_stored_too_and_held_out_pictures_stay_square(train, compute):
+def test_buckets_are_stored_too_and_held_out_pictures_stay_square(train, compute, sdxl):
+    """With two text encoders and what one of them pools."""
     shapes = "--resolution_buckets 64x64,128x64"
     options = f"--validation_split 0.2 --validation_steps 2 {shapes}"
-    expected = train("train_text_to_image_lora", options, "plain")
-    store = compute(options=shapes)
-    found = train("train_text_to_image_lora", f"{options} --precomputed_dir '{store}'", "stored")
+    expected = train("train_text_to_image_lora", options, "plain", sdxl)
+    store = compute(options=shapes, model=sdxl)
+    assert set(precomputed.Store(store).texts["picture 1"]) == {"text", "pooled"}
+    found = train("train_text_to_image_lora", f"{options} --precomputed_dir '{store}'", "stored", sdxl)
     assert np.allclose(found, expected, rtol=1e-4)
 
 

@@ -9,6 +9,12 @@ import torch
 
 from utils import optimizers, weightwise
 
+# The schedule is set back before the first step, and a CPU has no memory to page from.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Detected call of:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning"),
+]
+
 
 class Networks(torch.nn.Module):
     """Two layers in groups of their own, the first used twice."""

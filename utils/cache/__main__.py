@@ -66,25 +66,27 @@ def main(args) -> None:
         in_precision = str(kinds[args.mixed_precision]).removeprefix("torch.")
         used = {"precision": in_precision, "dtype": args.dtype}
         identity = precomputed.identity(precomputed.encoders(family), **cache.facts(whole), **used)
-        work = Work(args.output_dir, identity)
+        work = Work(args.output_dir, identity, args.dry_run)
         for block in share.of(pictures):
             work.pictures(cache, family, call(datasets.DreamBooth, block, **how), device)
         for texts in share.captions() if args.texts else ():
             work.texts(family, texts)
     except images.BadImage as bad:
         errors.refuse(str(bad), errors.DATA)
-    done = f"shard {args.shard_index} of {args.num_shards}: {len(pictures)} pictures, {work.written} blocks written"
-    print(f"{done}, {work.there} were there", flush=True)
+    did = f"{work.missing} blocks would be written" if args.dry_run else f"{work.written} blocks written"
+    shard = f"shard {args.shard_index} of {args.num_shards}"
+    print(f"{shard}: {len(pictures)} pictures, {did}, {work.there} were there", flush=True)
 
 
 class Work:
     """Blocks on their way into the folder; those that are there already are left."""
 
-    def __init__(self, folder: str, identity: dict):
-        self.folder, self.identity = Path(folder), identity
-        self.written = self.there = 0
+    def __init__(self, folder: str, identity: dict, dry_run: bool = False):
+        self.folder, self.identity, self.dry_run = Path(folder), identity, dry_run
+        self.written = self.there = self.missing = 0
         self.began = time.monotonic()
-        precomputed.write_manifest(self.folder, identity)
+        if not dry_run:
+            precomputed.write_manifest(self.folder, identity)
 
     def pictures(self, cache, family, dataset, device) -> None:
         import torch
@@ -110,7 +112,8 @@ class Work:
     def _missing(self, kind: str, rows: list) -> bool:
         there = precomputed.is_whole(self.folder / precomputed.block_name(kind, self.identity, rows))
         self.there += there
-        return not there
+        self.missing += not there
+        return not there and not self.dry_run
 
     def _write(self, kind: str, rows: list, tensors: dict) -> None:
         import torch
