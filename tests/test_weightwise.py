@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 import torch
+import toy_training
 
 from utils import optimizers, weightwise
 
@@ -86,6 +87,14 @@ def test_a_loss_that_is_no_number_moves_nothing():
     loss.backward()
     assert all(torch.equal(before[name], value) for name, value in networks.state_dict().items())
     assert not gradients(networks) and not inside.norm().isfinite()
+
+
+def test_a_step_of_pictures_that_the_run_ends_for_moves_nothing(tmp_path):
+    how = {"max_norm": None, "fused": True}
+    with pytest.raises(SystemExit) as stop:
+        toy_training.train(tmp_path / "run", lost=4, **how)
+    assert stop.value.code == 3 and (tmp_path / "run" / "checkpoint-3").is_dir()
+    assert toy_training.train(tmp_path / "run", resume="latest", **how) == toy_training.train(tmp_path / "whole", **how)
 
 
 def test_rounding_by_chance_is_right_on_average_and_a_function_of_its_seed():

@@ -92,6 +92,7 @@ def train(
     lost=0,  # the step in which a picture cannot be read by the last rank
     hold=None,  # "phase": wait inside a phase before training
     scale=None,  # of the loss, as in fp16
+    fused=False,  # steps within the backward pass
     **options,
 ):
     run = runtime.start(folder, seed=7, accumulate=accumulate, resuming=resume, **options)
@@ -100,7 +101,7 @@ def train(
         run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     if not dropout:
         learns.net[1].p = 0.0
-    chosen = run.prepare(family, learns, make_optimizer(optimizer, learns.parameters()))
+    chosen = run.prepare(family, learns, make_optimizer(optimizer, learns.parameters()), fused_backward=fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: 1 / (1 + 0.1 * step))
     average = ema.Average(learns.named())
     saved = checkpoints.Checkpoints(

@@ -26,9 +26,10 @@ class FusedBackward:
         if any(weight.dtype != torch.float32 for _, weight in owners):
             _keep_precision(optimizer)
 
-    def begin(self, number: int, loss: torch.Tensor) -> None:
-        """Before the backward pass of optimizer step `number`: a loss that is no number moves nothing."""
-        self.number, self.stepping, self.norms = number, bool(torch.isfinite(loss.detach())), []
+    def begin(self, number: int, loss: torch.Tensor, unusable: bool = False) -> None:
+        """Before the backward pass of optimizer step `number`: a loss that is no number moves nothing, nor does one of
+        pictures that the run ends for."""
+        self.number, self.stepping, self.norms = number, not unusable and bool(torch.isfinite(loss.detach())), []
 
     def norm(self) -> torch.Tensor:
         """Of all gradients of the backward pass together, as guard.gradient_norm measures it."""

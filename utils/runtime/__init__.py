@@ -280,7 +280,7 @@ class Run:
         to stop are fetched together. `facts` (timesteps, error per example) are looked at only if the guard fires.
         """
         if self._fused:  # each weight is stepped as soon as its gradient is there
-            self._fused.begin(self.step + 1, loss)
+            self._fused.begin(self.step + 1, loss, self.stand_ins.fatal)
         self.engine.backward(loss)  # divides by the accumulation steps
         part = loss.detach().float() / self.accumulation
         self._loss = part if self._loss is None else self._loss + part
