@@ -3,6 +3,7 @@
 import importlib
 import json
 import shlex
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,6 +113,28 @@ def test_held_out_pictures_are_never_trained_on(pictures):
     few = datasets.captioned(str(pictures), seed=1, max_train_samples=3)
     assert len(few) == 3 and set(few) < set(examples)
     assert few == datasets.captioned(str(pictures), seed=1, max_train_samples=3)
+
+
+def test_a_held_out_picture_that_was_lost_is_left_out_and_named(tmp_path, monkeypatch, capsys):
+    for level in (0, 51, 255):
+        Image.new("RGB", (16, 16), (level,) * 3).save(tmp_path / f"{level}.png")
+    held = datasets.DreamBooth(datasets.folder(tmp_path, "p"), size=16, center_crop=True)
+    run = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), seed=1)
+    family = SimpleNamespace(
+        latents=lambda batch, draws: batch["pixels"],
+        condition=lambda batch, draws: None,
+        predict=lambda inputs, *_: torch.zeros_like(inputs),
+    )
+    loss = heldout.Loss(run, family, lambda images, draws: noise.Noisy(images, None, images, None), held, 4)
+    assert loss.measure() == pytest.approx((1 + 0.36 + 1) / 3)
+    held.forget()
+    (tmp_path / "0.png").write_bytes(b"no picture")
+    monkeypatch.setattr("utils.lost.time.sleep", lambda seconds: None)
+    assert loss.measure() == loss.measure() == pytest.approx((0.36 + 1) / 2)
+    assert capsys.readouterr().err.count("0.png' is not a picture") == 1
+    with pytest.raises(SystemExit):
+        heldout.split(held.instance[:1], 0.1, seed=1)
+    assert "nothing is left to learn" in capsys.readouterr().err
 
 
 @BOTH

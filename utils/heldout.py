@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from utils import datasets, losses, randomness
+from utils import datasets, errors, losses, randomness
 
 VISITS = 4  # draws of noise and timestep a picture
 
@@ -20,7 +20,10 @@ def split(examples: Sequence, share: float, seed: int) -> tuple[Sequence, Sequen
     chosen = {example.key for example in examples if randomness.rng(seed, f"held out {example.key}").random() < share}
     if not chosen:  # a small set
         chosen = {min(examples, key=lambda example: randomness.seed_of(seed, f"held out {example.key}")).key}
-    return [one for one in examples if one.key not in chosen], [one for one in examples if one.key in chosen]
+    left = [one for one in examples if one.key not in chosen]
+    if not left:
+        errors.refuse(f"--validation_split {share:g} holds all {len(examples)} pictures out: nothing is left to learn")
+    return left, [one for one in examples if one.key in chosen]
 
 
 class Loss:
@@ -29,6 +32,7 @@ class Loss:
     def __init__(self, run, family, corruption, dataset, batch_size: int, unmasked_weight: float = 0.0):
         self.run, self.family, self.corruption, self.dataset = run, family, corruption, dataset
         self.batch_size, self.unmasked_weight = batch_size, unmasked_weight
+        self._told: set[str] = set()
 
     @torch.no_grad()
     def measure(self) -> float | None:
@@ -42,6 +46,9 @@ class Loss:
             module.eval()  # dropout in adapters would be chance
         for start in range(0, len(own), self.batch_size):
             items = [self.dataset.visit(number % count, number) for number in own[start : start + self.batch_size]]
+            items = [item for item in items if not self._lost(item)]
+            if not items:
+                continue
             batch = datasets.collate(items)
             batch = {n: v.to(self.run.device) if torch.is_tensor(v) and n != "ids" else v for n, v in batch.items()}
             draws = randomness.Draws(randomness.seed_of(self.run.seed, "held out"), batch["ids"], self.run.device)
@@ -53,4 +60,13 @@ class Loss:
             module.train()
         if self.run.world > 1:
             torch.distributed.all_reduce(total)
-        return (total[0] / total[1]).item()
+        total, number = total.tolist()
+        return total / number if number else None
+
+    def _lost(self, item: list[dict]) -> bool:
+        """Another picture must not stand in unseen for one that cannot be read any more: the curve would jump."""
+        for why in [record["lost"][0].split("; ")[0] for record in item if record["lost"]]:
+            if why not in self._told:
+                self._told.add(why)
+                errors.warn(f"{why}; the validation loss goes on without it", everywhere=True)
+        return any(record["lost"] for record in item)
