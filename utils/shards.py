@@ -114,9 +114,13 @@ class Shards(Sequence):
         return self.read(self.pieces[number], row - self.starts[number], 1)[0]
 
     def facts(self) -> list:
-        """Changes when a file is added, renamed, or written anew with another size or number of rows."""
-        sizes = [os.path.getsize(file) if os.path.isfile(file) else None for file in self.files]
-        told = [[os.path.basename(file), size] for file, size in zip(self.files, sizes)]
+        """Changes when a file is added, renamed, or written anew with another size or number of rows.
+
+        An address of the hub names the commit, so anything that is committed there changes it.
+        """
+        here = [file for file in self.files if "://" not in file]
+        told = [[os.path.basename(file), os.path.getsize(file)] for file in here]
+        told += [[file, None] for file in self.files if "://" in file]
         return [told, [piece.rows for piece in self.pieces], self.image_column, self.caption_column]
 
     def read(self, piece: Piece, start: int, count: int) -> list[Row]:

@@ -18,6 +18,7 @@ from utils.preflight import model_folder
 
 def parse_args(argv=None):
     parser = arguments.new_parser(__doc__)
+    parser.prog = "python -m utils.cache"
     arguments.add_model(parser)
     arguments.add_precompute(parser)
     return arguments.parse(parser, argv)
