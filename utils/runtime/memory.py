@@ -33,6 +33,9 @@ def ways(config: dict) -> list[str]:
         f"{smaller} (as many examples a step)": batch > 1,
         "--mixed_precision bf16 (a little less exact)": has("mixed_precision") in (None, "no"),
         "--use_8bit_adam": not adapters and not has("use_8bit_adam"),
+        "--fused_backward --max_grad_norm 0 (gradients freed at once, nothing clipped)": not adapters
+        and has("fused_backward") is False
+        and has("gradient_accumulation_steps") == 1,
         "--offload_ema (slower)": has("use_ema") and not has("offload_ema"),
         "--quantize_base nf4 (a coarser base)": adapters and "quantize_base" in config and not has("quantize_base"),
         "a LoRA script (a hundredth of the weights learns)": not adapters,
