@@ -68,7 +68,7 @@ def test_a_folder_of_anything_trains_and_stays_as_it_was(
     given += ["--masked_loss", "--random_flip", "--max_train_steps=3", "--train_batch_size=4", "--seed=1"]
     given += ["--validation_prompt", WORDS.format(identifier="sks", **{"class": "dog"}), "--validation_prompt", ""]
     given += ["--num_validation_images=1", "--validation_num_inference_steps=2"]
-    if "dreambooth" in script:
+    if "booth" in script:
         given += ["--instance_data_dir", f"~/{anything.name}", "--instance_prompt", WORDS, "--identifier=sks"]
         given += ["--class_noun=dog", "--with_prior_preservation", "--class_prompt", "a {class} 🐕\n"]
         given += ["--class_data_dir", str(class_photos), "--num_class_images=2"]

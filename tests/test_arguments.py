@@ -65,6 +65,8 @@ WITHOUT_EFFECT = {
     "text_encoder_use_attention_mask",
     "class_labels_conditioning",
     "validation_images",
+    "save_model_weights",
+    "sam_model_name_or_path",
 }
 
 
@@ -336,7 +338,8 @@ TOLD = """pretrained_model_name_or_path revision concepts_list concepts
     num_class_images class_guidance_scale prior_generation_precision prior_loss_weight train_text_encoder rank
     lora_alpha use_dora lora_target_modules adapter use_rslora lokr_factor init_lora_weights loraplus_lr_ratio
     lora_conv_rank lora_unet_blocks quantize_base train_batch_size gradient_accumulation_steps seed optimizer
-    use_8bit_adam snr_gamma noise_offset prediction_type dream_training use_ema mixed_precision"""
+    use_8bit_adam snr_gamma noise_offset prediction_type dream_training use_ema mixed_precision
+    use_pdm_loss pdm_loss_weight pdm_layer pdm_inversion_steps mask_dm mask_pdm mask_prior"""
 # What may change between two sessions: how long and how fast a run learns, where and how it is computed and told.
 CHANGEABLE = """config dry_run allow_pickle cache_dir repeats on_bad_image precomputed_dir
     dataloader_num_workers sample_batch_size
@@ -348,7 +351,9 @@ CHANGEABLE = """config dry_run allow_pickle cache_dir repeats on_bad_image preco
     output_dir overwrite_output_dir checkpointing_steps checkpoints_total_limit resume_from_checkpoint
     allow_resume_mismatch verify_checkpoint on_nan on_loss_spike validation_prompt num_validation_images
     validation_steps validation_epochs validation_scheduler validation_num_inference_steps validation_guidance_scale
-    report_to logging_dir tracker_project_name push_to_hub hub_token hub_model_id hub_private"""
+    report_to logging_dir tracker_project_name push_to_hub hub_token hub_model_id hub_private
+    features_data_dir save_pdm_fs save_pdm_masks test_prompts num_test_imgs_per_prompt del_cls_imgs_dir wandb_exp
+    wandb_dir"""
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in Path(__file__).parents[1].glob("train_*.py")))

@@ -47,7 +47,7 @@ def test_options_in_the_documents_exist(page, script, words, capsys):
 def test_options_in_tables_and_sentences_exist():
     """Every `--name` that a page on a script mentions is an option of that script or of one it works with."""
     scripts = ("train_dreambooth", "train_dreambooth_lora", "train_dreambooth_lora_sdxl", "infer")
-    scripts += ("train_text_to_image", "train_text_to_image_lora")
+    scripts += ("train_text_to_image", "train_text_to_image_lora", "train_pdmbooth", "train_pdmbooth_lora")
     options = set().union(*map(help_of, (*scripts, "utils.cache.__main__"))) | {
         "config_file",
         "dynamo_backend",
@@ -55,7 +55,7 @@ def test_options_in_tables_and_sentences_exist():
     }  # the last are accelerate's, and the toybox's
     unknown = []
     for about in (*scripts, "objectives"):
-        page = ROOT / "docs" / f"{about.replace('image_lora', 'image')}.md"
+        page = ROOT / "docs" / f"{about.replace('image_lora', 'image').replace('pdmbooth_lora', 'pdmbooth')}.md"
         for name in re.findall(r"(?<![\w-])--(\w+)", page.read_text(encoding="utf-8")):
             if name not in options:
                 unknown.append(f"{page.name}: --{name}")

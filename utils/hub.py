@@ -32,7 +32,7 @@ def card(
     output_dir: str | Path,
     *,
     base_model: str,
-    kind: str,  # "dreambooth" or "text-to-image"
+    kind: str,  # "dreambooth", "pdmbooth" or "text-to-image"
     adapters: str | None = None,  # "lora", "dora", "loha" or "lokr"; None when whole networks learned
     family: str = "stable-diffusion",
     prompt: str | Sequence[str | None] | None = None,  # the instance prompt, or those of several subjects
@@ -48,7 +48,7 @@ def card(
     name = model_id or hub_name(output_dir)
     samples = _samples(output_dir)
     tags = ["text-to-image", "diffusers", "diffusers-training", *([adapters] if adapters else [])]
-    tags += [*(["dreambooth"] if kind == "dreambooth" else []), family, f"{family}-diffusers"]
+    tags += [*(["dreambooth"] if kind.endswith("booth") else []), family, f"{family}-diffusers"]
     prompts = [one for one in ([prompt] if isinstance(prompt, str) else prompt or ()) if one]
     prompt = prompts[0] if prompts else None
     more = {"instance_prompt": ", ".join(prompts)} if prompts else {}
@@ -67,7 +67,8 @@ def card(
     kinds = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}
     what = f"{kinds[adapters]} adapters for" if adapters else "A fine-tuned version of"
     several = f"{len(prompts)} subjects" if len(prompts) > 1 else "one subject"
-    how = f"taught {several} with DreamBooth" if kind == "dreambooth" else "trained on captioned images"
+    methods = {"dreambooth": "DreamBooth", "pdmbooth": "PDMBooth"}
+    how = f"taught {several} with {methods[kind]}" if kind in methods else "trained on captioned images"
     parts = [f"# {escape(name)}", f"{what} {code(base_model)}, {how}."]
     if len(prompts) > 1:
         parts.append(f"Its subjects answer to the prompts {', '.join(map(code, prompts))}.")

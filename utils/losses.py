@@ -83,15 +83,16 @@ def dreambooth(
     is_class: torch.Tensor,  # (b,) bool
     prior_weight: float = 1.0,
     weigh_class: bool = False,  # the timestep weight is meant for the subject; True applies it to class images too
+    instance_weight: float = 1.0,  # 0: the photos are learned from in another way
 ) -> torch.Tensor:
-    """mean(instance) + prior_weight * mean(class): Ruiz et al. 2022, DreamBooth, equation 2.
+    """instance_weight * mean(instance) + prior_weight * mean(class): Ruiz et al. 2022, DreamBooth, equation 2.
 
     A batch without class images has no second term.
     """
     weighted = error * weight
     instance = _mean_where(weighted, ~is_class)
     prior = _mean_where(weighted if weigh_class else error, is_class)
-    return instance + prior_weight * prior
+    return instance_weight * instance + prior_weight * prior
 
 
 def _mean_where(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

@@ -99,6 +99,21 @@ def attach(
     return [dataclasses.replace(example, mask=mask) for example, mask in zip(examples, found)]
 
 
+def without(examples: Sequence) -> list:
+    return [dataclasses.replace(example, mask=None) for example in examples]
+
+
+def of_classes(examples: Sequence) -> list:
+    """Class images with the masks beside them; one of them at least must have one."""
+    paths = [Path(example.source) for example in examples]
+    complaints, count = check(images.inspect(paths), files(paths, ""))
+    if paths and not (count or complaints):
+        complaints = ["--mask_prior: no class image has a mask; put NAME.mask.png beside NAME.png, or leave it out"]
+    if complaints:
+        errors.refuse(complaints, errors.DATA)
+    return attach(examples, needed=False)
+
+
 def _file(path: Path) -> Mask:
     return Mask(path, key="mask-" + hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest())
 

@@ -79,6 +79,11 @@ def encoders(family) -> dict[str, str]:
     return {"vae": vae, "text_encoders": digest(*text)}
 
 
+def networks(family) -> dict[str, str]:
+    """And the UNet, for what is computed with all of them."""
+    return encoders(family) | {"unet": _files(family.path, "unet", family.revision, family.variant)}
+
+
 @functools.cache
 def _files(source: str, part: str, revision: str | None, variant: str | None) -> str:
     folder = Path(source)

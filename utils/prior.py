@@ -4,6 +4,7 @@ The folder's owner comes first: pictures found there are used and never touched.
 always from the seed of k, whatever the batch size or number of processes, and a stopped run goes on where it was.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -82,6 +83,18 @@ def fill_all(run, family, concepts, resolution: int | None = None, **how) -> lis
         )
         for one in concepts
     ]
+
+
+def remove_drawn(concepts) -> None:
+    """Deletes the class images that a script drew, and their folder once it is empty: never one of the owner's."""
+    for folder in {Path(one.class_data_dir).expanduser() for one in concepts if one.class_data_dir}:
+        if names := _record(folder).get("images"):
+            for name in names:
+                if Path(name).name == name:  # a record is a file, and files can be edited
+                    (folder / name).unlink(missing_ok=True)
+            (folder / SIDECAR).unlink()
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def _number(name: str) -> int:

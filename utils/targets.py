@@ -7,6 +7,9 @@ CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsam
 # B-LoRA, https://arxiv.org/abs/2403.14572: in SDXL these two hold what is shown and how it looks.
 BLOCKS = {"content": "up_blocks.0.attentions.0", "style": "up_blocks.0.attentions.1"}
 
+# The layer whose queries PDMBooth compares: of Stable Diffusion 1.x and 2.x the last but one self-attention.
+PDM_LAYER = "up_blocks.3.attentions.2.transformer_blocks.0.attn1"
+
 
 def choose(
     layers: dict[str, list[str]],  # network -> names of its linear and convolution layers
@@ -52,6 +55,21 @@ def choose(
     if conv and not convolutions and not complaints:
         complaints.append("--lora_conv_rank: the chosen part of the UNet holds no convolution; leave the option out")
     return chosen, convolutions, complaints
+
+
+def self_attention(layers, wanted: str | None = None) -> tuple[str | None, str | None]:
+    """(the self-attention layer whose queries PDM compares, a complaint or None), from the names of a UNet's layers."""
+    there = {name.removesuffix(".to_q") for name in layers if name.endswith(".attn1.to_q")}
+    ordered = sorted(there, key=lambda name: (("down", "mid", "up").index(name.split("_")[0]), _numbers(name)))
+    if not ordered:
+        return None, "--use_pdm_loss: the model has no self-attention layer"
+    if wanted and (wanted := wanted.removeprefix("unet.").removesuffix(".to_q")) not in there:
+        return None, f"--pdm_layer {wanted}: no self-attention layer of the model; choose one of {', '.join(ordered)}"
+    return wanted or (PDM_LAYER if PDM_LAYER in there else ordered[-1]), None
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(part) for part in name.split(".") if part.isdigit()]
 
 
 def ends(name: str, end: str) -> bool:

@@ -41,10 +41,12 @@ class Sampler:
         size: int | tuple[int, int] | None = None,  # pixels, or (width, height); None: the model's own
         negative: str = "",
         batch_size: int | None = None,  # images at once; None: one, or all of a prompt when they are small
+        folder: str = "samples",  # in the output folder
     ):
         self.run, self.family, self.prompts, self.count = run, family, list(prompts), count
         self.steps, self.guidance, self.scheduler, self.negative = steps, guidance, scheduler, negative
         self.seed = run.seed if seed is None else seed
+        self.folder = folder
         size = size or family.resolution_default
         self.width, self.height = (size, size) if isinstance(size, int) else size
         self.batch_size = batch_size or (count if max(self.width, self.height) <= SMALL else 1)
@@ -62,7 +64,7 @@ class Sampler:
             mine = []
         # The pictures travel to the main process, so the output folder need not be shared between machines.
         drawn = sorted(_gather(mine, self.run.world))
-        folder = Path(self.run.output_dir) / "samples" / f"step-{step:06d}"
+        folder = Path(self.run.output_dir) / self.folder / f"step-{step:06d}"
         if self.run.is_main and drawn:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +81,8 @@ class Sampler:
 
         shown = {}
         for number, _, data in drawn:
-            name = "validation" if len(self.prompts) == 1 else f"validation/{number}"
+            kind = "validation" if self.folder == "samples" else self.folder
+            name = kind if len(self.prompts) == 1 else f"{kind}/{number}"
             shown.setdefault(name, []).append(Image.open(io.BytesIO(data)).convert("RGB"))
         self.run.log_images(step, shown)
 

@@ -35,6 +35,34 @@ INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest",
 STARTS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")
 
+PDM_STEPS = 50  # as docs/log.md has it
+PDMBOOTH = {  # what PDMBooth's users type => our name
+    "inst_data_dir": "instance_data_dir",
+    "inst_prompt": "instance_prompt",
+    "cls_data_dir": "class_data_dir",
+    "cls_prompt": "class_prompt",
+    "num_cls_imgs": "num_class_images",
+    "use_prior_loss": "with_prior_preservation",
+    "out_dir": "output_dir",
+    "lr": "learning_rate",
+    "adam_eps": "adam_epsilon",
+    "ckpting_steps": "checkpointing_steps",
+    "ckpts_total_limit": "checkpoints_total_limit",
+    "resume_from_ckpt": "resume_from_checkpoint",
+    "gradient_ckpting": "gradient_checkpointing",
+    "dl_num_workers": "dataloader_num_workers",
+    "log_dir": "logging_dir",
+    "trackers_proj_name": "tracker_project_name",
+    "val_prompt": "validation_prompt",
+    "num_val_imgs": "num_validation_images",
+    "val_steps": "validation_steps",
+    "val_epochs": "validation_epochs",
+    "val_imgs": "validation_images",
+    "precompute_text_embeds": "pre_compute_text_embeddings",
+    "text_encoder_use_attn_mask": "text_encoder_use_attention_mask",
+    "cls_labels_conditioning": "class_labels_conditioning",
+}
+
 WORKERS = "processes that prepare pictures; 0: the training process itself"
 ALLOW_PICKLE = "also read weights that are no safetensors (.bin), if they hold nothing but tensors"
 
@@ -46,8 +74,11 @@ finished (time limit, SIGUSR1), 130 or 143 saved after SIGINT or SIGTERM. After 
 --resume_from_checkpoint latest goes on where it stopped."""
 
 
-def new_parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser that takes no abbreviations (they break when options are added) and never exits by itself."""
+def new_parser(doc: str | None, other_names: dict[str, str] | None = None) -> argparse.ArgumentParser:
+    """A parser that takes no abbreviations (they break when options are added) and never exits by itself.
+
+    other_names: what users of another program call an option => our name for it.
+    """
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]",
         description=doc,
@@ -56,6 +87,7 @@ def new_parser(doc: str | None) -> argparse.ArgumentParser:
         allow_abbrev=False,
         exit_on_error=False,
     )
+    parser.other_names = other_names or {}
     add = group(parser, "Settings")
     add("config", folder, None, "YAML file of options; every run leaves one, training_config.yaml", metavar="FILE.yaml")
     add("dry_run", flag, False, "check everything, print the plan (what learns, steps, memory, disk), then stop")
@@ -161,6 +193,37 @@ def add_masks(parser: argparse.ArgumentParser) -> None:
     add("masks_dir", folder, None, "folder of masks with the photos' names, instead; turns --masked_loss on")
     add("alpha_mask", flag, False, "the photos' transparency is their mask, instead; turns --masked_loss on")
     add("unmasked_weight", number(0, below=1), 0.0, "weight of what is black in a mask")
+
+
+def add_pdm(parser: argparse.ArgumentParser, pdm_loss_weight: float = 0.1) -> None:
+    add = group(parser, "Losses of PDMBooth (https://github.com/Orimalca/PDMBooth); none of the three given: the first")
+    add("use_inst_loss", flag, False, "learn from the photos as DreamBooth does; --use_prior_loss is the second")
+    add(
+        "use_pdm_loss",
+        flag,
+        False,
+        "keep one layer's queries about the photos; needs --class_prompt",
+        alias="--use_pdm",
+    )
+    add("pdm_loss_weight", number(0), pdm_loss_weight, "weight of that loss")
+    unset = "that of the published method, or the last one"
+    add("pdm_layer", text, None, "which self-attention layer of the UNet", unset=unset)
+    add("pdm_inversion_steps", whole(1), PDM_STEPS, "timesteps of the inversion, from which training draws")
+    add("features_data_dir", folder, None, "folder of targets computed before", unset="computed anew")
+    help = "keep computed targets, in --features_data_dir or pdm_features/ of the output"
+    add("save_pdm_fs", flag, False, help)
+    add("mask_dm", flag, False, "the photos' loss is weighed by their masks, like --masked_loss elsewhere")
+    add("mask_pdm", flag, False, "the loss of the queries is")
+    add("mask_prior", flag, False, "the class images' loss is, by NAME.mask.png beside NAME.png")
+    add("save_pdm_masks", flag, False, "write the masks, cropped as they are used, to pdm_masks/ of the output")
+    add("sam_model_name_or_path", folder, None, "masks by a model (not yet)")
+    add = group(parser, "Also of PDMBooth")
+    add("test_prompts", prompt, None, "prompt to draw when training ends; repeat it for more", append=True)
+    add("num_test_imgs_per_prompt", whole(1), 4, "images of each")
+    add("del_cls_imgs_dir", flag, False, "at the end delete the class images that a script drew, never your own")
+    add("wandb_exp", text, None, "the run's name in wandb", unset="chosen by wandb")
+    add("wandb_dir", folder, None, "folder of wandb's files", unset="--logging_dir")
+    add("save_model_weights", flag, False, "accepted; what was learned is always saved")
 
 
 def add_prior_preservation(parser: argparse.ArgumentParser) -> None:
@@ -394,6 +457,7 @@ def group(parser: argparse.ArgumentParser, title: str):
         elif bare is not None:
             more |= {"nargs": "?", "const": bare}
         names = [f"--{name}"] + ([alias] if alias else [])
+        names += [f"--{other}" for other, ours in getattr(parser, "other_names", {}).items() if ours == name]
         help = f"{help} ({'required' if required else f'default: {unset}'})" if required or unset else help
         metavar = more.pop("metavar", kind.metavar)
         titled.add_argument(*names, type=kind, default=default, required=required, metavar=metavar, help=help, **more)

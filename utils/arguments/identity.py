@@ -48,6 +48,7 @@ COMPARED = {
     "prodigy_use_bias_correction": True,
     "prodigy_safeguard_warmup": True,
     "allow_tf32": False,
+    "use_inst_loss": True,
 }
 
 

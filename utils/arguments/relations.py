@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 
-from utils import captions, concepts
+from utils import buckets, captions, concepts
 
 MULTIPLE = 8  # pixels: the autoencoder's downscaling
 DEFAULT_OFFSET = 0.1  # what --offset_noise stands for
@@ -15,6 +15,8 @@ IF_ONLY = ("tokenizer_max_length", "text_encoder_use_attention_mask", "class_lab
 # What --adapter loha and lokr have no use for, and the value that means it is not asked for.
 LORA_ONLY = {"use_dora": False, "use_rslora": False, "lora_dropout": 0, "init_lora_weights": "gaussian"}
 LORA_ONLY |= {"loraplus_lr_ratio": None}
+
+PROMPTS = ("instance_prompt", "class_prompt", "validation_prompt", "test_prompts")
 
 # accelerate's names for them are variables that its launcher sets.
 ENGINES = {"DeepSpeed": "ACCELERATE_USE_DEEPSPEED", "FSDP": "ACCELERATE_USE_FSDP"}
@@ -47,6 +49,14 @@ NEEDS = {
     "edm_p_mean": "edm_sigmas lognormal",
     "edm_p_std": "edm_sigmas lognormal",
     "hub_model_id": "push_to_hub",
+    "pdm_loss_weight": "use_pdm_loss",
+    "pdm_layer": "use_pdm_loss",
+    "pdm_inversion_steps": "use_pdm_loss",
+    "mask_pdm": "use_pdm_loss",
+    "features_data_dir": "use_pdm_loss",
+    "save_pdm_fs": "use_pdm_loss",
+    "save_pdm_masks": "mask_pdm",
+    "num_test_imgs_per_prompt": "test_prompts",
     "prodigy_beta3": "optimizer prodigy",
     "prodigy_decouple": "optimizer prodigy",
     "prodigy_use_bias_correction": "optimizer prodigy",
@@ -65,6 +75,7 @@ def check(args: argparse.Namespace, given: dict, defaults: dict, misread: set[st
     found = Findings()
     has = vars(args).get  # a script need not have every group
     _data(args, has, misread, found)
+    _pdm(args, has, given, misread, found)
     _masks(args, has, found)
     _streaming(args, has, given, found)
     _text_encoder(has, found)
@@ -85,6 +96,8 @@ def check(args: argparse.Namespace, given: dict, defaults: dict, misread: set[st
     for name, needed in NEEDS.items():
         option, _, value = needed.partition(" ")
         met = has(option) == value if value else has(option)
+        if name == "class_prompt" and has("use_pdm_loss"):
+            continue
         if name in given and given[name] != defaults[name] and not met:
             found.warnings.append(f"--{name} has no effect without --{needed}")
     return found
@@ -138,6 +151,35 @@ def _data(args, has, misread: set[str], found: Findings) -> None:
         found.complaints.append(
             f"--resolution is {resolution}: it must be a multiple of {MULTIPLE}; {nearest} are next"
         )
+
+
+def _pdm(args, has, given: dict, misread: set[str], found: Findings) -> None:
+    if "use_pdm_loss" not in args:
+        return
+    if not (args.use_inst_loss or args.with_prior_preservation or args.use_pdm_loss):
+        args.use_inst_loss = True
+    elif not (args.use_inst_loss or args.use_pdm_loss):
+        found.warnings.append("--use_prior_loss alone teaches nothing of the subject; add --use_inst_loss")
+    if args.use_pdm_loss:
+        rows = args.concepts_list if isinstance(args.concepts_list, list) else ()
+        lacks = [f"concept {k} has no class_prompt" for k, row in enumerate(rows, 1) if not row.get("class_prompt")]
+        if lacks or not (args.concepts_list or args.class_prompt or "class_prompt" in misread):
+            why = f" ({'; '.join(lacks)})" if lacks else ""
+            found.complaints.append(f"--use_pdm_loss needs --class_prompt, under which photos are inverted{why}")
+        if has("resolution_buckets") != buckets.OFF:
+            found.complaints.append(
+                "--use_pdm_loss with --resolution_buckets: its targets are of square crops; leave one of them out"
+            )
+    if args.sam_model_name_or_path:
+        found.complaints.append(
+            "--sam_model_name_or_path: masks by SAM: not yet; put NAME.mask.png beside NAME.jpg, or use --masks_dir"
+        )
+    if args.mask_prior and not args.with_prior_preservation:
+        found.complaints.append("--mask_prior needs --use_prior_loss: there are no class images")
+    # Masks are read for whichever loss wants them; asked for without saying which, they are the photos'.
+    if (args.masked_loss or has("masks_dir") or has("alpha_mask")) and not args.mask_pdm:
+        args.mask_dm = True
+    args.masked_loss = args.mask_dm or (args.mask_pdm and args.use_pdm_loss)
 
 
 def _masks(args, has, found: Findings) -> None:
@@ -359,7 +401,7 @@ def _validation(args, has, given: dict, found: Findings) -> None:
 def _words(args, has, found: Findings) -> None:
     """{identifier} and {class} in prompts become words, so that everything after this sees finished prompts."""
     words = {option: has(option) for option in captions.PLACEHOLDERS.values()}
-    given = {name: has(name) for name in ("instance_prompt", "class_prompt", "validation_prompt") if has(name)}
+    given = {name: has(name) for name in PROMPTS if has(name)}
     found.complaints += captions.unfilled(((f"--{name}", text) for name, text in given.items()), **words)
     for name, text in given.items():
         filled = captions.fill(text, **words)

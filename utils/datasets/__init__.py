@@ -65,7 +65,7 @@ class DreamBooth(Dataset):
         self.size, self.center_crop, self.random_flip = size, center_crop, random_flip
         self.interpolation, self.seed, self.repeats = interpolation, seed, repeats
         self.caption_dropout, self.examples_per_step = caption_dropout, examples_per_step
-        self.masked = any(example.mask for example in self.instance)
+        self.masked = any(example.mask for example in self.examples)
         self.visits = [place for place, one in enumerate(self.instance) for _ in range(one.repeats)]
         self._class_of: dict[int, list[Example]] = {one.concept: [] for one in self.instance}
         for one in self.classes:
@@ -166,6 +166,17 @@ class DreamBooth(Dataset):
             except images.BadImage:  # lost since the preflight: training will tell
                 continue
             yield example, caption, picture, corner, shape, mask
+
+    def centred(self, example: Example) -> dict:
+        """The square crop in the middle of a picture, never mirrored, as far as a record tells of it."""
+        shape = (self.size, self.size)
+        place = images.crop_place(*images.resized_size(*self._size_of(example), shape), shape, center=True)
+        return {
+            "pixels": self.pixels(example, False, shape, place),
+            "mask": self._mask(example, False, shape, place),
+            "original_size": self._size_of(example)[::-1],
+            "crop_top_left": place,
+        }
 
     def pairs(self) -> list[tuple[Example, tuple[int, int]]]:
         """Every example with every shape it is shown in."""

@@ -120,6 +120,25 @@ def unknown_layers(args: argparse.Namespace, model: Path | None) -> list[str]:
     return _chosen(stored, args)[2] if stored["unet"] else []
 
 
+def unknown_queries(args: argparse.Namespace, model: Path | None) -> list[str]:
+    """Complaints about --pdm_layer and --pdm_inversion_steps."""
+    if not model or not getattr(args, "use_pdm_loss", False):
+        return []
+    stored = shapes(model / "unet", args.variant)
+    _, problem = (
+        targets.self_attention([layer for layer, _ in _layers(stored)], args.pdm_layer) if stored else (0, None)
+    )
+    try:
+        config = json.loads((model / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        total = int(config["num_train_timesteps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        total = args.pdm_inversion_steps  # not here: told later
+    found = [problem] if problem else []
+    if args.pdm_inversion_steps > total:
+        found.append(f"--pdm_inversion_steps {args.pdm_inversion_steps}: the model has {total} timesteps; give fewer")
+    return found
+
+
 def _adapted(args, networks) -> list[str]:
     return [name for name in networks if name == "unet" or (args.train_text_encoder and name.startswith("text"))]
 

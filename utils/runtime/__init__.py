@@ -39,6 +39,8 @@ def start(
     resuming: str | None = None,  # what the run goes on from: latest, or a checkpoint
     compile: bool = False,  # also on when accelerate's own dynamo settings ask for it
     log_every: int = 1,  # optimizer steps between lines of metrics.jsonl
+    wandb_exp: str | None = None,  # the run's name in wandb; None: wandb chooses
+    wandb_dir: str | None = None,  # for wandb's files; None: logging_dir
 ) -> "Run":
     global _current
     close_last()
@@ -49,7 +51,8 @@ def start(
     startup.settle_arithmetic(allow_tf32, deterministic)
     told = {"on_nan": on_nan, "on_loss_spike": on_loss_spike, "log_every": log_every}
     run = Run(accelerator, Path(output_dir), stop, accumulate=accumulate, **told)
-    run.resuming, run.config, run.trackers = resuming, dict(config or {}), trackers.Trackers(accelerator, project)
+    run.resuming, run.config, run.trackers = resuming, dict(config or {}), None
+    run.trackers = trackers.Trackers(accelerator, project, wandb_exp, wandb_dir)
     run.open(seed)
     _current = run
     stop.install()

@@ -8,8 +8,9 @@ from utils.runtime import startup
 
 
 class Trackers:
-    def __init__(self, accelerator, project: str):
+    def __init__(self, accelerator, project: str, wandb_exp: str | None = None, wandb_dir: str | None = None):
         self.accelerator, self.project = accelerator, project
+        self.wandb_exp, self.wandb_dir = wandb_exp, wandb_dir
         self.active, self.started = [], False
 
     def start(self, config: dict) -> None:
@@ -48,10 +49,12 @@ class Trackers:
 
     def _wandb(self) -> dict:
         """Its files go where other trackers' go, not into the folder that the run was started from."""
-        if os.environ.get("WANDB_DIR"):
-            return {}
-        os.makedirs(self.accelerator.logging_dir, exist_ok=True)
-        return {"dir": self.accelerator.logging_dir}
+        named = {"name": self.wandb_exp} if self.wandb_exp else {}
+        if os.environ.get("WANDB_DIR") and not self.wandb_dir:
+            return named
+        folder = self.wandb_dir or self.accelerator.logging_dir
+        os.makedirs(folder, exist_ok=True)
+        return named | {"dir": folder}
 
     @contextlib.contextmanager
     def _trouble(self, name: str, tracker=None):
