@@ -66,6 +66,19 @@ def shown(folder, step, number=0):
 # --- The family --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("zeros", [True, False])
+def test_a_caption_left_out_is_what_guidance_compares_with(sdxl, zeros):
+    family = loaded(sdxl)
+    family.zeros_for_nothing = zeros
+    batch = {"captions": ["", PROMPT], "pixels": torch.zeros(2, 3, 64, 64)}
+    batch |= {"original_size": torch.full((2, 2), 64), "crop_top_left": torch.zeros(2, 2, dtype=torch.int64)}
+    heard, guided = family.condition(batch), family.sampling_prompts([PROMPT], "")
+    for name, kind in (("text", "prompt_embeds"), ("pooled", "pooled_prompt_embeds")):
+        nothing, something = heard[name]
+        assert torch.allclose(nothing, guided[f"negative_{kind}"][0], atol=1e-5) and nothing.any() != zeros
+        assert torch.allclose(something, guided[kind][0], atol=1e-5)
+
+
 def test_prompts_encode_as_in_the_stock_pipeline(sdxl):
     family, texts = loaded(sdxl), [PROMPT, "a red cat"]
     ours = family.encode_prompts(texts)

@@ -58,7 +58,8 @@ class StableDiffusionXL(LatentDiffusion):
         return {"text": torch.cat([part.to(hidden[0].dtype) for part in hidden], dim=-1), "pooled": heard[0]}
 
     def condition(self, batch: dict, draws=None) -> dict[str, torch.Tensor]:
-        return super().condition(batch, draws) | {"time_ids": self.time_ids(batch)}
+        words = self._silenced(super().condition(batch, draws), batch["captions"])
+        return words | {"time_ids": self.time_ids(batch)}
 
     def time_ids(self, batch: dict) -> torch.Tensor:
         """Original height and width, top and left of the crop, height and width now: (b, 6).
@@ -78,9 +79,12 @@ class StableDiffusionXL(LatentDiffusion):
         return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": condition["time_ids"]}}
 
     def _not_wanted(self, negative: list[str]) -> dict[str, torch.Tensor]:
-        """As the stock pipeline does: where nothing is unwanted, most models have learned zeros."""
-        words = self._encoded(negative)
-        if self.zeros_for_nothing:
-            empty = torch.tensor([not text for text in negative], device=self.device)
-            words = {name: rows.masked_fill(empty.view(-1, *[1] * (rows.dim() - 1)), 0) for name, rows in words.items()}
-        return words
+        return self._silenced(self._encoded(negative), negative)
+
+    def _silenced(self, words: dict[str, torch.Tensor], texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """As the stock pipeline does: most models have learned zeros where nothing is said. With --caption_dropout
+        they learn what guidance will compare with."""
+        if not self.zeros_for_nothing or all(texts):
+            return words
+        empty = torch.tensor([not text for text in texts], device=self.device)
+        return {name: rows.masked_fill(empty.view(-1, *[1] * (rows.dim() - 1)), 0) for name, rows in words.items()}
