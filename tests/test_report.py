@@ -65,7 +65,7 @@ class Photos:
 
     def __init__(self, side):
         self.side = side
-        self.examples = [SimpleNamespace(is_class=k >= 3) for k in range(23)]
+        self.instance, self.classes = ([SimpleNamespace(is_class=kind)] * n for kind, n in ((False, 3), (True, 20)))
 
     def __len__(self):
         return 20
@@ -244,6 +244,8 @@ def test_resume_command_carries_no_secret(monkeypatch):
         sys, "argv", ["t.py", "--hub_token=hf_abc", "--resume_from_checkpoint=latest", "--overwrite_output_dir"]
     )
     assert report.command_again() == "python t.py --resume_from_checkpoint latest"
+    monkeypatch.setattr(sys, "argv", ["t.py", "--overwrite_output_dir", "yes", "--rank", "4"])
+    assert report.command_again() == "python t.py --rank 4 --resume_from_checkpoint latest"
     for launcher in (["accelerate", "launch", "--num_processes", "1"], ["torchrun", "--nproc_per_node", "2"]):
         words = [*launcher, "t.py", "--hub_token", "hf_abc", "-x"]
         monkeypatch.setattr(signals, "launcher_words", lambda name="accelerate", w=words: w if w[0] == name else [])

@@ -167,10 +167,12 @@ def command_again() -> str:
     kept, skip = [], False
     for word in words:
         name = word.split("=")[0]
-        if skip or name in ("--hub_token", "--resume_from_checkpoint", "--overwrite_output_dir"):
-            skip = not skip and "=" not in word and name != "--overwrite_output_dir"
+        if name in ("--hub_token", "--resume_from_checkpoint", "--resume_from_ckpt", "--overwrite_output_dir"):
+            skip = "=" not in word
             continue
-        kept.append(word)
+        if not skip or word.startswith("--"):  # a switch may stand without a value
+            kept.append(word)
+        skip = False
     return shlex.join([*kept, "--resume_from_checkpoint", "latest"])
 
 
