@@ -23,6 +23,7 @@ JOBS = {
     "lora": "train_dreambooth_lora sd1 --train_text_encoder --snr_gamma 5 --noise_offset 0.1 --random_flip",
     "full": "train_dreambooth sd1 --use_ema",
     "buckets": "train_dreambooth_lora sd1 --resolution_buckets --resolution 64 --center_crop",
+    "pdm": "train_pdmbooth_lora sd1 --use_inst_loss --use_pdm_loss --pdm_inversion_steps 8 --resolution 64",
     "sdxl": "train_dreambooth_lora_sdxl sdxl --train_text_encoder",
 }
 

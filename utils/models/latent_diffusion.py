@@ -276,7 +276,9 @@ class LatentDiffusion:
         return self._sampled(mean, std, draws)
 
     def _sampled(self, mean: torch.Tensor, std: torch.Tensor, draws, purpose: str = "posterior") -> torch.Tensor:
-        sample = mean + std * draws.normal(purpose, tuple(mean.shape[1:])).to(mean.device)
+        sample = mean
+        if draws is not None:  # else what is most likely
+            sample = mean + std * draws.normal(purpose, tuple(mean.shape[1:])).to(mean.device)
         config = self.vae.config
         if config.latents_mean is not None and config.latents_std is not None:
             shift, width = (

@@ -185,7 +185,6 @@ class Bank:
             torch.autocast(run.device.type, dtype=run.dtype, enabled=run.dtype != torch.float32),
         ):
             batch = self._batch(keys, run.device) | {"captions": [self.prompts[key] for key in keys]}
-            batch["latent_std"].zero_()  # what is inverted is the mean
             condition, files = family.condition(batch), []
 
             def predict(latents, t):
@@ -204,8 +203,7 @@ class Bank:
 
             try:
                 with self.tap:
-                    draws = randomness.Draws(0, range(len(keys)), run.device)
-                    latents, alphas = family.latents(batch, draws), family.scheduler.alphas_cumprod
+                    latents, alphas = family.latents(batch, None), family.scheduler.alphas_cumprod
                     invert(predict, latents, alphas, self.timesteps, self.identity["prediction_type"], visit)
                 for file in files:
                     file.finish()
