@@ -36,6 +36,8 @@ RECIPES = {
     "LoRA": LORA,
     "LoRA, prior": LORA + PRIOR,
     "overfitted": "train_dreambooth --learning_rate 1e-3 --max_train_steps 600",
+    "SDXL LoRA": LORA.replace("_lora", "_lora_sdxl"),
+    "SDXL LoRA, prior": LORA.replace("_lora", "_lora_sdxl") + PRIOR,
 }
 MODELS = ("untrained", "base", *RECIPES)
 SHEET = (
@@ -117,7 +119,7 @@ def personalise(recipe: str, args, seed: int):
             options += ["--class_data_dir", str(args.output.parent / f"class-{seed}")]
         module = importlib.import_module(script)
         module.main(module.parse_args(options))
-        lora = script.endswith("lora")
+        lora = "lora" in script
         pipeline = load_pipeline(args.model if lora else folder)
         if lora:
             pipeline.load_lora_weights(folder)
@@ -196,7 +198,8 @@ def parse_args(argv=None):
     parser.add_argument("--judge", type=Path, default=Path("toybox/judge"))
     parser.add_argument("--subject", type=Path, default=Path("toybox/subject"))
     parser.add_argument("--output", type=Path, default=Path("toybox/.build/table.json"))
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    usual = [name for name in MODELS if not name.startswith("SDXL")]
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=usual, help="those of SDXL: --model toybox/sdxl")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="two processes may share them")
     parser.add_argument("--pictures", type=Path, help="folder for a sheet with the 68 pictures of each run")
     parser.add_argument("--score", type=Path, help="only print the table for the sheets in this folder (of --pictures)")
