@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -177,10 +178,15 @@ class Process:
         self.process.wait()
 
     def until(self, pattern):
-        for line in self.process.stdout:
-            self.said += line
-            if re.search(pattern, line):
-                return line
+        watch = threading.Timer(PATIENCE, self.process.kill)  # or a word that never comes would be waited for for ever
+        watch.start()
+        try:
+            for line in self.process.stdout:
+                self.said += line
+                if re.search(pattern, line):
+                    return line
+        finally:
+            watch.cancel()
         raise AssertionError(f"ended without saying {pattern!r}:\n{self.said}")
 
     def rest(self):
@@ -292,8 +298,8 @@ def test_a_notebook_cell_is_stopped_and_the_kernel_lives(asked, uninterrupted, t
         kernel.until("alive 42 True")
 
         # Pressed twice, the cell ends at once without saving; then the same kernel trains again, in the same folder.
-        run_cell("import time; from utils import losses; real = losses.squared_error")
-        run_cell("losses.squared_error = lambda *given: (print('a long step'), time.sleep(3600), real(*given))[2]")
+        run_cell("import time; from utils import losses; real = losses.error")
+        run_cell("losses.error = lambda *given: (print('a long step'), time.sleep(3600), real(*given))[2]")
         run_cell(f"script.main(script.parse_args({long}))")
         kernel.until("a long step")
         kernel.process.send_signal(signal.SIGINT)
@@ -301,7 +307,7 @@ def test_a_notebook_cell_is_stopped_and_the_kernel_lives(asked, uninterrupted, t
         time.sleep(2 * signals.SAME_WISH_SECONDS)
         kernel.process.send_signal(signal.SIGINT)
         kernel.until("KeyboardInterrupt")
-        run_cell("losses.squared_error = real")
+        run_cell("losses.error = real")
         finished = [word for word in words if word not in ("--resume_from_checkpoint", "latest")]
         run_cell(f"script.main(script.parse_args({[*finished, '--overwrite_output_dir']}))")
         kernel.until("^done: ")
