@@ -211,7 +211,7 @@ def test_an_absolute_path_is_that_path(tmp_path):
 def test_no_option_that_changes_what_is_learned_changes_unseen(tmp_path, capsys, option):
     """All scripts hand `arguments.identity` over; which options that must be is in test_arguments.py."""
     before = COMPARED[option]
-    other = {bool: not before, float: 0.25, int: 3}.get(type(before), "other")
+    other = {bool: not before, float: 0.125, int: 3}.get(type(before), "other")
 
     def identity(value):
         return arguments.identity(argparse.Namespace(unrelated=1, **(COMPARED | {option: value})))

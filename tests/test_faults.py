@@ -161,7 +161,7 @@ def test_a_run_that_broke_off_in_a_notebook_gives_its_folder_back(train, tmp_pat
 
     with monkeypatch.context() as patched:
         patched.setattr(runtime, "close_last", lambda: None)  # a notebook calls nothing after an exception
-        patched.setattr(losses, "squared_error", lambda *given: 1 / 0)
+        patched.setattr(losses, "error", lambda *given: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train("--max_train_steps 2")
     assert runtime._current is not None
