@@ -273,7 +273,7 @@ def main(args):
     page.write()
     if run.is_main:
         bank.close()
-        if args.del_cls_imgs_dir:
+        if args.del_cls_imgs_dir and args.with_prior_preservation:
             prior.remove_drawn(args.concepts)
     run.say(f"done: '{run.output_dir}' holds the adapters, samples/ and report.html")
     published = True

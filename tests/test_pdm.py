@@ -170,7 +170,8 @@ def test_each_photo_is_held_against_its_own_row(model, request, photos, tmp_path
     monkeypatch.setattr(family, "predict", predict)
     concept = SimpleNamespace(class_prompt="a photo of dog")
     bank = pdm.prepare(run, family, data, examples, [concept], pdm_inversion_steps=40, train_batch_size=3)
-    monkeypatch.setattr(family, "predict", real)
+    heard = {}
+    monkeypatch.setattr(family, "predict", lambda *more: heard.update(more[2]) or real(*more))
     batch = datasets.collate([data[position] for position in (3, 4, 5)])
     keys = [example.key for example in examples]
 
@@ -183,6 +184,10 @@ def test_each_photo_is_held_against_its_own_row(model, request, photos, tmp_path
     monkeypatch.setattr(bank, "noised", on_the_way)
     prediction, found = bank.predict(family, noisy, condition, batch)
     assert found.shape == (3,) and 100 * found.max() < other.max()
+    _, told = bank.predict(family, noisy, family.condition(batch | {"captions": ["snow", "night", "red"]}), batch)
+    if model == "sdxl":  # of 80 x 96 pixels the middle 64 x 64 of 64 x 76
+        assert heard["time_ids"][3:].tolist() == [[96, 80, 6, 0, 64, 64]] * 3
+    assert (told > 10 * found).all()  # it hears the batch's prompts, not those of the inversion
     assert torch.allclose(prediction, real(noisy.inputs, noisy.timesteps, condition), atol=1e-5)
 
 

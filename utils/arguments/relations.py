@@ -57,6 +57,7 @@ NEEDS = {
     "save_pdm_fs": "use_pdm_loss",
     "save_pdm_masks": "mask_pdm",
     "num_test_imgs_per_prompt": "test_prompts",
+    "del_cls_imgs_dir": "with_prior_preservation",
     "prodigy_beta3": "optimizer prodigy",
     "prodigy_decouple": "optimizer prodigy",
     "prodigy_use_bias_correction": "optimizer prodigy",
