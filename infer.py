@@ -11,12 +11,13 @@ every prompt: --seed, --seed + 1, ... So `--seed 17 --num_images 1` draws the im
 carries the settings it was drawn with.
 """
 
+import functools
 import re
 from pathlib import Path
 
-from utils import arguments, models, saved, targets
+from utils import arguments, captions, models, saved, targets
 from utils.arguments.settings import choice, flag, folder, nearest, number, text, whole
-from utils.arguments.settings import prompt as words
+from utils.arguments.settings import prompt as prompt_text
 from utils.errors import refuse
 
 # A name on the command line -> class in diffusers, and what its configuration changes. Class names do as well.
@@ -55,6 +56,8 @@ def parse_args(argv=None):
     add("pretrained_model_name_or_path", folder, None, help, unset="what --lora or --checkpoint was trained on")
     help = "LoRA folder, file, checkpoint-N or hub name, and its strength (default: 1); repeat it for more"
     add("lora", folder, None, help, append=True, metavar="PATH[:SCALE]")
+    help = "learned_embeddings.safetensors or its folder; those beside a LoRA are found; repeat it for more"
+    add("embeddings", folder, None, help, append=True)
     help = "B-LoRA of SDXL: of this LoRA only what it says of content (what is shown)"
     add("content_lora", folder, None, help, metavar="PATH[:SCALE]")
     add("style_lora", folder, None, "the same, of style (how it looks)", metavar="PATH[:SCALE]")
@@ -69,14 +72,14 @@ def parse_args(argv=None):
     add("refiner_start", number(above=0, below=1), 0.8, "the share of the noise schedule after which it takes over")
 
     add = arguments.group(parser, "Prompts; {identifier} and {class} in them are replaced")
-    add("prompt", words, None, "repeat it for more", append=True)
+    add("prompt", prompt_text, None, "repeat it for more", append=True)
     add("prompt_file", folder, None, "one prompt a line; empty lines and lines that begin with # are left out")
     add("prompt_set", choice(*PROMPT_SETS, "all"), None, "scenes to try a subject on", many=True)
     add("identifier", text, None, "the rare word that names the subject, e.g. sks")
     add("class_noun", text, None, "what the subject is, e.g. dog")
     help = "each prompt once more without the identifier: does the model still know others of the class?"
     add("also_without_identifier", flag, False, help)
-    add("negative_prompt", words, "", "what the images should not show")
+    add("negative_prompt", prompt_text, "", "what the images should not show")
 
     add = arguments.group(parser, "Drawing")
     add("num_images", whole(1), 4, "images a prompt")
@@ -98,12 +101,14 @@ def parse_args(argv=None):
 
 
 def main(args):
-    prompts, base, loras, modules = check(args)  # every complaint, before anything heavy is imported
+    prompts, base, loras, modules, learned = check(args)  # every complaint, before anything heavy is imported
     seeds = list(range(args.seed, args.seed + args.num_images))
+    words = {word: tokens for one in learned for word, tokens in one.words.items()}
+    spelled = functools.partial(captions.replaced, words=words)
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     files = [Path(args.output_dir, file_name(prompts.index(prompt), prompt, seed)) for prompt, seed in jobs]
     if args.dry_run:
-        return print_plan(base, loras, modules, jobs, files)
+        return print_plan(base, loras, modules, learned, jobs, files)
     from utils import assembling, sheets, validation
     from utils.report import gallery
     from utils.runtime import startup
@@ -111,7 +116,7 @@ def main(args):
     startup.quiet()
     device, dtype = assembling.place(args.device, args.dtype)
     kind, changes = find_scheduler(args.scheduler)
-    pipeline = assembling.pipeline(base, loras, modules, device, dtype, kind, changes, args.allow_pickle)
+    pipeline = assembling.pipeline(base, loras, modules, device, dtype, kind, changes, args.allow_pickle, learned)
     refiner = assembling.refiner(args.refiner, pipeline, kind, changes) if args.refiner else None
     say_averaged(loras, modules)
     told = {
@@ -124,6 +129,7 @@ def main(args):
             f"{validation.public_name(lora.given)}:{lora.scale:g}" + (f" ({lora.part})" if lora.part else "")
             for lora in loras
         ],
+        **({"embeddings": [f"{one.file.parent.name}/{one.file.name}" for one in learned]} if learned else {}),
         "checkpoint": Path(args.checkpoint).name if args.checkpoint else "",
         "averaged": ", ".join(path.name for path in averaged(loras, modules)),
         "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
@@ -131,7 +137,7 @@ def main(args):
     }
     images = validation.draw(
         pipeline,
-        assembling.words(pipeline, base, [prompt for prompt, _ in jobs], args.negative_prompt),
+        assembling.words(pipeline, base, [spelled(prompt) for prompt, _ in jobs], spelled(args.negative_prompt)),
         [seed for _, seed in jobs],
         steps=args.num_inference_steps,
         guidance=args.guidance_scale,
@@ -141,7 +147,7 @@ def main(args):
         **({"denoising_end": args.refiner_start, "output_type": "latent"} if refiner else {}),
     )
     if refiner:
-        images = refined(refiner, images, jobs, args)
+        images = refined(refiner, images, [(spelled(prompt), seed) for prompt, seed in jobs], args)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     cells = []
     for k, image in images:
@@ -197,6 +203,7 @@ def check(args):
     modules = saved.checkpoint(args.checkpoint, wrong) if args.checkpoint else {}
     if isinstance(modules, saved.Lora):
         loras, modules = [*loras, modules], {}
+    learned = saved.embeddings(loras, args.embeddings, wrong)
     if not find_scheduler(args.scheduler):
         names = ["model", *SCHEDULERS]
         wrong.append(f"--scheduler {args.scheduler} is none of: {', '.join(names)}{nearest(args.scheduler, names)}")
@@ -224,7 +231,7 @@ def check(args):
         wrong += [f"--checkpoint {args.checkpoint} holds {name}/, which {base.name} lacks" for name in strangers]
     if wrong:
         refuse(wrong)
-    return prompts, base, loras, modules
+    return prompts, base, loras, modules, learned
 
 
 def all_prompts(args, wrong: list) -> list:
@@ -268,10 +275,12 @@ def find_scheduler(name: str):
     return (SCHEDULERS | by_class | {"model": (None, {})}).get(name.lower())
 
 
-def print_plan(base, loras: list, modules: dict, jobs: list, files: list) -> list:
+def print_plan(base, loras: list, modules: dict, learned: list, jobs: list, files: list) -> list:
     print(f"base model: {base.name}")
     for lora in loras:
         print(f"LoRA: {lora.file} at {lora.scale:g}" + (f", only its {lora.part}" if lora.part else ""))
+    for one in learned:
+        print(f"embeddings: {one.file}, " + ", ".join(one.words or one.names))
     for name, path in modules.items():
         print(f"{name}: {path}")
     say_averaged(loras, modules)

@@ -21,6 +21,7 @@ def parse_args(argv=None):
     arguments.add_masks(parser)
     arguments.add_prior_preservation(parser)
     arguments.add_text_encoder(parser, text_encoder_lr=5e-6, adam_weight_decay=1e-3)
+    arguments.add_pivotal(parser)
     arguments.add_lora(parser, rank=4)
     arguments.add_length(parser, train_batch_size=4, num_train_epochs=1)
     arguments.add_optimizer(parser, learning_rate=1e-4, adam_weight_decay=1e-4)
@@ -103,7 +104,7 @@ def main(args):
         report.preview(dataset, run.output_dir)
         report.contact_sheet(dataset, run.output_dir, family.count_tokens, family.prompt_limit)
     cache.latents(run, family, dataset, args.cache_latents)
-    if not args.train_text_encoder:
+    if not (args.train_text_encoder or args.train_text_encoder_ti):
         family.cache_prompts([*dataset.captions(), *args.validation_prompt])  # then the encoder is released
 
     # Optimizer.
@@ -190,6 +191,7 @@ def main(args):
     if first_step == 0 and validation_steps:
         validate(0)  # what the model drew before it learned anything
     for step, batch in run.steps(loader, first_step, total_steps):
+        learns.settle(step, total_steps)  # text encoders may stop before the rest
         draws = randomness.Draws(run.seed, batch["ids"], run.device)
         with run.accumulate(learns):
             latents = family.latents(batch, draws)  # pixels => (b, 4, h, w)

@@ -21,6 +21,7 @@ def parse_args(argv=None):
     arguments.add_captioned_data(parser)
     arguments.add_masks(parser)
     arguments.add_text_encoder(parser)
+    arguments.add_pivotal(parser)
     arguments.add_lora(parser, rank=4)
     arguments.add_length(parser, train_batch_size=16, num_train_epochs=100)
     arguments.add_optimizer(parser, learning_rate=1e-4)
@@ -94,7 +95,7 @@ def main(args):
     call(cache.latents, run, family, dataset, args.cache_latents, beside=held)
     captions = {*dataset.captions(), *(held.captions() if held else [])} - family.stored_prompts.keys()
     few = len(captions) <= MOST_CAPTIONS and not args.streaming
-    if not args.train_text_encoder:
+    if not (args.train_text_encoder or args.train_text_encoder_ti):
         family.cache_prompts([*(captions if few else []), *args.validation_prompt], release=few)
 
     # Optimizer.
@@ -183,6 +184,7 @@ def main(args):
     if first_step == 0 and validation_steps:
         validate(0)  # what the model drew before it learned anything
     for step, batch in run.steps(loader, first_step, total_steps):
+        learns.settle(step, total_steps)  # text encoders may stop before the rest
         draws = randomness.Draws(run.seed, batch["ids"], run.device)
         with run.accumulate(learns):
             latents = family.latents(batch, draws)  # pixels => (b, 4, h, w)

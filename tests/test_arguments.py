@@ -28,6 +28,7 @@ def build(lora=True):
     arguments.add_prior_preservation(parser)
     arguments.add_text_encoder(parser)
     if lora:
+        arguments.add_pivotal(parser)
         arguments.add_lora(parser, rank=4)
     arguments.add_length(parser, train_batch_size=4, num_train_epochs=1)
     arguments.add_optimizer(parser, learning_rate=5e-4 if lora else 5e-6)
@@ -336,6 +337,7 @@ TOLD = """pretrained_model_name_or_path revision concepts_list concepts
     max_train_samples validation_split
     resolution resolution_buckets masked_loss masks_dir alpha_mask with_prior_preservation class_data_dir class_prompt
     num_class_images class_guidance_scale prior_generation_precision prior_loss_weight train_text_encoder rank
+    train_text_encoder_ti token_abstraction num_new_tokens_per_abstraction
     lora_alpha use_dora lora_target_modules adapter use_rslora lokr_factor init_lora_weights loraplus_lr_ratio
     lora_conv_rank lora_unet_blocks quantize_base train_batch_size gradient_accumulation_steps seed optimizer
     use_8bit_adam snr_gamma noise_offset prediction_type dream_training use_ema mixed_precision

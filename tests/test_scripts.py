@@ -42,7 +42,8 @@ def train(sd1, photos, tmp_path, capsys):
 
 def weights(folder):
     """Every learned tensor of a result or checkpoint, by file and name."""
-    files = sorted(folder.glob("pytorch_lora_weights.safetensors")) or sorted(
+    adapters = ("pytorch_lora_weights.safetensors", "learned_embeddings.safetensors")
+    files = [folder / name for name in adapters if (folder / name).is_file()] or sorted(
         file for name in ("unet", "text_encoder") for file in folder.glob(f"{name}/*.safetensors")
     )
     assert files, f"{folder} holds no weights"

@@ -24,6 +24,7 @@ JOBS = {
     "full": "train_dreambooth sd1 --use_ema",
     "buckets": "train_dreambooth_lora sd1 --resolution_buckets --resolution 64 --center_crop",
     "pdm": "train_pdmbooth_lora sd1 --use_inst_loss --use_pdm_loss --pdm_inversion_steps 8 --resolution 64",
+    "tokens": "train_dreambooth_lora_sdxl sdxl --train_text_encoder_ti --token_abstraction sks --text_encoder_lr 0.05",
     "sdxl": "train_dreambooth_lora_sdxl sdxl --train_text_encoder",
 }
 
@@ -51,7 +52,7 @@ def ran(sd1, sdxl, tmp_path_factory):
     tiny.photo(7, size=(130, 70)).save(photos / "wide.png")
     jobs = []
     for name in JOBS:
-        classes = base / "class" if name != "sdxl" else tiny.photos(base / "drawn", 5, seed=9)
+        classes = tiny.photos(base / "drawn", 5, seed=9) if "sdxl" in JOBS[name] else base / "class"
         jobs.append([*words(name, photos, classes, models, base / name, "--train_batch_size", 2), None, free_port()])
     jobs.append([*words("full", photos, base / "class", models, base / "nan"), [1, 2], free_port()])
     (base / "jobs.json").write_text(json.dumps(jobs))
@@ -75,7 +76,7 @@ def test_two_processes_equal_one(ran, name, tmp_path):
     """batch 4 = batch 2 x accumulate 2 = 2 processes x batch 2."""
     base, photos, models, told, _ = ran
     assert [process[list(JOBS).index(name)]["code"] for process in told] == [0, 0]
-    classes = base / ("class" if name != "sdxl" else "drawn")
+    classes = base / ("drawn" if "sdxl" in JOBS[name] else "class")
     for folder, split in ((tmp_path / "four", [4, 1]), (tmp_path / "accumulated", [2, 2])):
         more = ["--train_batch_size", split[0], "--gradient_accumulation_steps", split[1]]
         script, given = words(name, photos, classes, models, folder, *more)

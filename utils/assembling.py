@@ -2,9 +2,11 @@
 
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from utils import models, saved, targets, validation
 from utils.adapters import files, merging
@@ -22,6 +24,7 @@ def pipeline(
     scheduler: str | None = None,  # class name; None: the model's own
     changes: dict | None = None,  # to the scheduler's configuration
     allow_pickle: bool = False,
+    embeddings: Sequence[saved.Embeddings] = (),
 ):
     own = {"prediction_type": base.prediction_type, "rescale_betas_zero_snr": base.rescale_betas_zero_snr}
     own |= {"allow_pickle": allow_pickle}
@@ -30,6 +33,7 @@ def pipeline(
     for name, path in modules.items():
         setattr(family, name, load_module(base, name, path, dtype).to(device).eval())
     drawing = family.pipeline()
+    add_embeddings(drawing, embeddings, base.name)
     add_loras(drawing, loras, base.name)
     change_scheduler(drawing, scheduler, changes)
     return drawing
@@ -44,6 +48,24 @@ def words(drawing, base: saved.Base, prompts: list[str], negative: str | None) -
     for part in (*family.names, *family.tokenizers):
         setattr(family, part, getattr(drawing, part))
     return family.sampling_prompts(prompts, negative or "")
+
+
+def add_embeddings(drawing, embeddings: Sequence[saved.Embeddings], base_name: str) -> None:
+    """As diffusers adds them: new words of the tokenizers, new rows of the text encoders."""
+    for one in embeddings:
+        found = load_file(one.file)
+        found |= {key: rows for key, rows in (saved.averages(one.file.parent) or {}).items() if key in found}
+        for key, end in zip(saved.EMBEDDINGS_KEYS, ("", "_2")):
+            if key not in found:
+                continue
+            if not hasattr(drawing, f"text_encoder{end}"):
+                refuse(f"--embeddings {one.file} belongs to a model with two text encoders (SDXL), {base_name} has one")
+            parts = {part: getattr(drawing, part + end) for part in ("tokenizer", "text_encoder")}
+            try:
+                rows = found[key].to(parts["text_encoder"].dtype)
+                drawing.load_textual_inversion(rows, token=one.names, **parts)
+            except ValueError as problem:
+                refuse(f"--embeddings {one.file} does not fit {base_name}: {str(problem).strip().splitlines()[0]}")
 
 
 def add_loras(drawing, loras: list[saved.Lora], base_name: str) -> None:

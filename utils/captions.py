@@ -8,8 +8,9 @@ import csv
 import io
 import json
 import os
+import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 
 COLUMNS = ("text", "caption", "prompt")  # the names in use for a caption, tried in this order
@@ -60,6 +61,13 @@ def unfilled(named: Iterable[tuple[str, str | tuple[str, ...]]], **words: str | 
             more = f" and {len(those) - 1} more" if len(those) > 1 else ""
             complaints += [f"the text of {those[0]}{more} holds {placeholder}: give --{option}"] if those else []
     return complaints
+
+
+def replaced(text: str, words: Mapping[str, str]) -> str:
+    """The text with whole words in place of others: {"TOK": "<s0><s1>"} leaves TOKEN as it is."""
+    if not words:
+        return text
+    return re.sub(rf"(?<!\w)({'|'.join(map(re.escape, words))})(?!\w)", lambda found: words[found[0]], text)
 
 
 def contained(path: Path, folder: Path) -> bool:

@@ -17,14 +17,15 @@ from fnmatch import fnmatchcase
 from html import escape
 from pathlib import Path
 
-from utils import errors
+from utils import captions, errors, saved
 from utils.report import curves, gallery
 
 NOT_PUBLISHED = 6  # exit code: trained and saved, but not uploaded
-LORA_FILES = "pytorch_lora_weights*.safetensors"
+LORA_FILES = ("pytorch_lora_weights*.safetensors", saved.EMBEDDINGS_FILE)
 PARTS = ("unet", "text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2", "scheduler", "feature_extractor")
 PART_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 LICENSES = {"stable-diffusion": "creativeml-openrail-m", "stable-diffusion-xl": "openrail++"}  # of the base models
+NO_SECRETS = ("tokenizer", "token_abstraction", "num_new_tokens")  # options that are not left out for their names
 WAITS = (2, 8, 30)  # seconds before the second, third and fourth attempt
 
 
@@ -78,8 +79,13 @@ def card(
         shown = [f"![sample {k + 1}]({url})" for k, (url, _) in enumerate(samples)]
         texts = list(dict.fromkeys(text for _, text in samples if text))
         parts += ["## Samples", " ".join(shown), "Drawn with " + ", ".join(map(code, texts)) + "." if texts else ""]
+    given = [str(output_dir)] if (output_dir / saved.EMBEDDINGS_FILE).is_file() else []
+    learned = saved.embeddings([], given, [])
+    words = learned[0].words if learned else {}
+    for word, tokens in words.items():
+        parts.append(f"The word {code(word)} in these prompts stands for the new tokens {code(tokens)}.")
     asked = (samples[0][1] if samples else None) or prompt or "a photo"
-    parts += ["## Use", _loading(name, base_model, adapters, asked)]
+    parts += ["## Use", _loading(name, base_model, adapters, captions.replaced(asked, words), learned)]
     rows = {**(facts or {}), "versions": _versions()}
     table = [f"| {cell(key)} | {cell(value)} |" for key, value in rows.items() if value is not None]
     parts += ["## Training", "\n".join(["| | |", "|---|---|", *table])]
@@ -146,7 +152,7 @@ def publish(
 
 def selected(output_dir: Path, token: str | None = None) -> dict[str, Path | bytes]:
     """What goes to the hub, path there -> file or bytes: weights, card, settings, the newest samples. Nothing else."""
-    names = [*output_dir.glob(LORA_FILES), output_dir / "model_index.json"]
+    names = [*(file for files in LORA_FILES for file in output_dir.glob(files)), output_dir / "model_index.json"]
     for part in PARTS:
         names += [file for file in (output_dir / part).glob("*") if any(fnmatchcase(file.name, p) for p in PART_FILES)]
     names += [output_dir / url for url, _ in _samples(output_dir)]
@@ -206,7 +212,7 @@ def _public_settings(text: str) -> str:
 
     settings = yaml.safe_load(text) or {}
     kept = {
-        name: clean(value) for name, value in settings.items() if "token" not in name or name.startswith("tokenizer")
+        name: clean(value) for name, value in settings.items() if "token" not in name or name.startswith(NO_SECRETS)
     }
     return yaml.safe_dump(kept, allow_unicode=True, sort_keys=False)
 
@@ -228,7 +234,7 @@ def _samples(output_dir: Path) -> list[tuple[str, str | None]]:
     return chosen
 
 
-def _loading(name: str, base_model: str, adapters: str | None, prompt: str) -> str:
+def _loading(name: str, base_model: str, adapters: str | None, prompt: str, learned: list) -> str:
     def literal(value):  # a Python string that cannot close the code block
         return json.dumps(value).replace("`", "\\u0060")
 
@@ -245,10 +251,28 @@ def _loading(name: str, base_model: str, adapters: str | None, prompt: str) -> s
         f"pipeline = DiffusionPipeline.from_pretrained({literal(base_model if adapters else name)},"
         ' torch_dtype=torch.float16).to("cuda")',
         *([f"pipeline.load_lora_weights({literal(name)})"] if adapters else []),
+        *_loading_tokens(literal(name), learned),
         f"image = pipeline({literal(prompt)}, num_inference_steps=25).images[0]",
         "```",
     ]
     return "\n".join(lines)
+
+
+def _loading_tokens(name: str, learned: list) -> list[str]:
+    if not learned:
+        return []
+    ends = [end for key, end in zip(saved.EMBEDDINGS_KEYS, ("", "_2")) if key in saved.header(learned[0].file)]
+    keys = dict(zip(ends, saved.EMBEDDINGS_KEYS))
+    return [
+        "from huggingface_hub import hf_hub_download",
+        "from safetensors.torch import load_file",
+        f'rows = load_file(hf_hub_download({name}, "{saved.EMBEDDINGS_FILE}"))',
+        *(
+            f'pipeline.load_textual_inversion(rows["{key}"], token={json.dumps(learned[0].names)},'
+            f" tokenizer=pipeline.tokenizer{end}, text_encoder=pipeline.text_encoder{end})"
+            for end, key in keys.items()
+        ),
+    ]
 
 
 def _versions() -> str:

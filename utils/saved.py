@@ -3,6 +3,7 @@
 Everything here is read from names, JSON headers and small text files, so mistakes are told within milliseconds.
 """
 
+import itertools
 import json
 import re
 import struct
@@ -12,6 +13,8 @@ from pathlib import Path
 from utils import models
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+EMBEDDINGS_FILE = "learned_embeddings.safetensors"
+EMBEDDINGS_KEYS = ("clip_l", "clip_g")  # in it, the rows of the first text encoder and of the second
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 CHANGED = ("prediction_type", "rescale_betas_zero_snr", "clip_skip")  # options of a run that are of its model
 MODULES = ("unet", "text_encoder", "text_encoder_2")  # what a full checkpoint can hold
@@ -23,6 +26,13 @@ class Lora:
     file: Path
     scale: float
     part: str = ""  # content or style: only that block of a B-LoRA
+
+
+@dataclass
+class Embeddings:
+    file: Path
+    names: list[str]  # of the tokens, a row each
+    words: dict[str, str]  # word in prompts -> the tokens that were learned for it
 
 
 @dataclass
@@ -100,11 +110,41 @@ def from_hub(name: str, wrong: list) -> Path | None:
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
         wrong.append(f"--lora {name} is no folder here, and the hub gave no {LORA_FILE} under that name")
         return None
-    try:
-        hf_hub_download(name, "README.md")  # names the base model
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
-        pass
+    for other in ("README.md", EMBEDDINGS_FILE):  # the first names the base model
+        try:
+            hf_hub_download(name, other)
+        except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
+            pass
     return folder
+
+
+def embeddings(loras: list, given: list[str], wrong: list) -> list[Embeddings]:
+    """Learned tokens beside the LoRA files, then those given; of a name that two have, the later one gets another."""
+    files = [path for lora in loras if (path := lora.file.parent / EMBEDDINGS_FILE).is_file()]
+    for name in given:
+        path = Path(name).expanduser()
+        files.append(path / EMBEDDINGS_FILE if path.is_dir() else path)
+    found, taken = [], set()
+    for file in dict.fromkeys(files):
+        entries = header(file)
+        rows = {tuple(entries[key].get("shape", ()))[:1] for key in EMBEDDINGS_KEYS if key in entries}
+        if len(rows) != 1 or () in rows:
+            wrong.append(f"--embeddings {file} holds no learned embeddings (clip_l, clip_g), or is damaged")
+            continue
+        ((count,),) = rows
+        try:
+            told = json.loads(entries.get("__metadata__", {}).get("tokens", "{}"))
+        except ValueError:
+            told = {}
+        names = [name for each in told.values() for name in each] or [f"<s{k}>" for k in range(count)]
+        free = (name for k in itertools.count() if (name := f"<s{k}>") not in taken | set(names))
+        renamed = {name: next(free) if name in taken else name for name in names}
+        words = {word: "".join(renamed[name] for name in each) for word, each in told.items()}
+        twice = [word for word in words for other in found if word in other.words]
+        wrong += [f"--embeddings: two files teach {word}, {file} and another; give one of them" for word in twice]
+        taken |= set(renamed.values())
+        found.append(Embeddings(file, list(renamed.values()), words))
+    return found
 
 
 def checkpoint(name: str, wrong: list) -> Lora | dict | None:
@@ -145,8 +185,10 @@ def averaged_lora(file: Path, folder: str) -> Path:
 
     whole = load_file(file)
     for key, average in found.items():
-        # The file holds more than what learns: alphas, and beside some weights the start that is taken away.
-        whole[key][tuple(slice(size) for size in average.shape)] = average
+        # The file holds more than what learns: alphas, and beside some weights the start that is taken away. And
+        # tokens that were learned beside the adapters have a file of their own.
+        if key in whole:
+            whole[key][tuple(slice(size) for size in average.shape)] = average
     save_file(whole, str(Path(folder, LORA_FILE)), metadata=header(file).get("__metadata__"))
     return Path(folder, LORA_FILE)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from utils import errors, learning, quantize, randomness, sharded
+from utils import errors, learning, quantize, randomness, sharded, tokens
 from utils import targets as names
 from utils.adapters import files, starts
 from utils.adapters.files import METADATA
@@ -43,6 +43,11 @@ def attach(
     lokr_factor: int | None = None,  # LoKr: the smaller factor's size; None: near the square root
     loraplus_lr_ratio: float | None = None,  # LoRA+: how much faster B learns than A
     quantize_base: str | None = None,  # nf4, int8 or fp8: the UNet's frozen weights in less memory
+    train_text_encoder_frac: float = 1.0,  # share of the steps after which the text encoders' adapters stay as they are
+    train_text_encoder_ti: bool = False,  # new tokens in the text encoders that learn beside the adapters
+    token_abstraction: Sequence[str] = ("TOK",),  # the words in prompts that stand for them
+    num_new_tokens_per_abstraction: int = 2,
+    train_text_encoder_ti_frac: float = 0.5,  # share of the steps after which they stay as they are
 ) -> "Adapters":
     """Freeze the base and put adapters beside its target layers. The weights that learn are fp32."""
     modules = {name: getattr(family, name) for name in ["unet", *(family.encoders if text_encoder else [])]}
@@ -93,8 +98,11 @@ def attach(
         "loraplus_lr_ratio": loraplus_lr_ratio,
         "quantize_base": quantize_base,
     }
-    adapters = Adapters(modules, configs, family.name, adapter, alpha or rank, told, describe_base(family))
+    adapters = Adapters(modules, configs, family, adapter, alpha or rank, told, describe_base(family))
     adapters.initialise(seed, init_lora_weights)
+    adapters.text_share = train_text_encoder_ti_frac if train_text_encoder_ti else train_text_encoder_frac
+    if train_text_encoder_ti:
+        return tokens.beside(adapters, family, token_abstraction, num_new_tokens_per_abstraction, seed)
     return adapters
 
 
@@ -170,8 +178,9 @@ def measure_magnitudes(module: torch.nn.Module) -> None:
 class Adapters:
     """The adapters inside some networks; the twin of `learning.Full`."""
 
-    def __init__(self, modules: dict[str, torch.nn.Module], configs, base: str, kind, alpha, told, about_base):
-        self.modules, self.configs, self.base, self.kind, self.alpha = modules, configs, base, kind, alpha
+    def __init__(self, modules: dict[str, torch.nn.Module], configs, family, kind, alpha, told, about_base):
+        self.modules, self.configs, self.kind, self.alpha = modules, configs, kind, alpha
+        self.family, self.base, self.text_share = family, family.name, 1.0
         self.told, self.about_base = {key: value for key, value in told.items() if value is not None}, about_base
 
     def named(self) -> dict[str, torch.nn.Parameter]:
@@ -206,6 +215,16 @@ class Adapters:
                 more = {"lr": group["lr"] * ratio, "name": f"{group['name']}_up"} if fast else {}
                 split.append({**group, "params": weights, **more})
         return split
+
+    def settle(self, step: int, total: int) -> None:
+        """Before step `step` of `total`: text encoders that have learned for their share of them learn no longer.
+
+        Without a gradient no optimizer touches a weight, and its decay does not either.
+        """
+        self.family.settled = step > math.ceil(self.text_share * total)
+        for name in self.family.encoders if self.family.settled else ():
+            if encoder := getattr(self.family, name):
+                encoder.eval()  # without dropout
 
     def describe(self) -> dict:
         config = self.configs["unet"]

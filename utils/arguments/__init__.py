@@ -253,6 +253,17 @@ def add_text_encoder(
     add("text_encoder_use_attention_mask", flag, False, "DeepFloyd IF only")
 
 
+def add_pivotal(parser: argparse.ArgumentParser) -> None:
+    add = group(parser, "Pivotal tuning: new tokens learn beside the adapters (https://arxiv.org/abs/2208.01618)")
+    help = "learn new tokens in the text encoders, at --text_encoder_lr; saved as learned_embeddings.safetensors"
+    add("train_text_encoder_ti", flag, False, help)
+    add("token_abstraction", text, ("TOK",), "the words in prompts and captions that stand for them", many=True)
+    add("num_new_tokens_per_abstraction", whole(1), 2, "tokens each of these words stands for")
+    above = "share of the optimizer steps after which"
+    add("train_text_encoder_ti_frac", number(above=0), 0.5, f"{above} they stay as they are, at most 1")
+    add("train_text_encoder_frac", number(above=0), 1.0, f"{above} adapters of the text encoders do, at most 1")
+
+
 def add_lora(parser: argparse.ArgumentParser, rank: int = 4) -> None:
     add = group(parser, "Adapters")
     help = "lora; loha and lokr, which stock diffusers does not load (infer.py, ComfyUI, A1111 do)"

@@ -20,6 +20,8 @@ COMPARED = {
     "caption_dropout": 0.0,
     "unmasked_weight": 0.0,
     "lora_dropout": 0.0,
+    "train_text_encoder_frac": 1.0,
+    "train_text_encoder_ti_frac": 0.5,
     "input_perturbation": 0.0,
     "debiased_estimation": False,
     "multires_noise_iterations": 0,

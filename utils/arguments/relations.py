@@ -30,8 +30,12 @@ NEEDS = {
     "class_data_dir": "with_prior_preservation",
     "class_prompt": "with_prior_preservation",
     "num_class_images": "with_prior_preservation",
-    "text_encoder_lr": "train_text_encoder",
-    "adam_weight_decay_text_encoder": "train_text_encoder",
+    "text_encoder_lr": "train_text_encoder or train_text_encoder_ti",
+    "adam_weight_decay_text_encoder": "train_text_encoder or train_text_encoder_ti",
+    "train_text_encoder_frac": "train_text_encoder",
+    "train_text_encoder_ti_frac": "train_text_encoder_ti",
+    "token_abstraction": "train_text_encoder_ti",
+    "num_new_tokens_per_abstraction": "train_text_encoder_ti",
     "lokr_factor": "adapter lokr",
     "dataset_config_name": "dataset_name",
     "shuffle_buffer": "streaming",
@@ -80,6 +84,7 @@ def check(args: argparse.Namespace, given: dict, defaults: dict, misread: set[st
     _masks(args, has, found)
     _streaming(args, has, given, found)
     _text_encoder(has, found)
+    _pivotal(args, has, given, found)
     _adapters(args, has, found)
     _optimizer(args, has, given, found)
     _weightwise(has, found)
@@ -95,12 +100,13 @@ def check(args: argparse.Namespace, given: dict, defaults: dict, misread: set[st
                 f"--{name}: IF comes with its family; other models do not listen to it: leave it out"
             )
     for name, needed in NEEDS.items():
-        option, _, value = needed.partition(" ")
-        met = has(option) == value if value else has(option)
         if name == "class_prompt" and has("use_pdm_loss"):
             continue
+        ways = [way for way in needed.split(" or ") if way.partition(" ")[0] in args]
+        pairs = [way.partition(" ")[::2] for way in ways]
+        met = any(has(option) == value if value else has(option) for option, value in pairs)
         if name in given and given[name] != defaults[name] and not met:
-            found.warnings.append(f"--{name} has no effect without --{needed}")
+            found.warnings.append(f"--{name} has no effect without --{' or --'.join(ways)}")
     return found
 
 
@@ -222,6 +228,41 @@ def _text_encoder(has, found: Findings) -> None:
     if has("train_text_encoder") and has("skip_save_text_encoder"):
         found.complaints.append(
             "--skip_save_text_encoder would throw away what --train_text_encoder learns; leave one out"
+        )
+
+
+def _pivotal(args, has, given: dict, found: Findings) -> None:
+    for name in ("train_text_encoder_frac", "train_text_encoder_ti_frac"):
+        if (has(name) or 0) > 1:
+            found.complaints.append(f"--{name} is {has(name):g}: a share of the steps is at most 1")
+    if not has("train_text_encoder_ti"):
+        return
+    engine = engine_asked_for()
+    against = {
+        "train_text_encoder": (has("train_text_encoder"), "new tokens learn in encoders that are frozen otherwise"),
+        "pre_compute_text_embeddings": (has("pre_compute_text_embeddings"), "they cannot follow tokens that learn"),
+        "precomputed_dir": (has("precomputed_dir"), "embeddings made before cannot follow tokens that learn"),
+    }
+    for name, (given_too, why) in against.items():
+        if given_too:
+            found.complaints.append(f"--train_text_encoder_ti with --{name}: {why}; leave one of them out")
+    if engine:
+        found.complaints.append(
+            f"--train_text_encoder_ti with {engine}, for which accelerate is configured: not tried; leave it out"
+        )
+    args.token_abstraction = list(dict.fromkeys(args.token_abstraction))
+    classes = [has("class_prompt"), *(row.get("class_prompt") for row in has("concepts_list") or ())]
+    for word in args.token_abstraction:
+        if word.split() != [word]:
+            found.complaints.append(f"--token_abstraction '{word}' must be one word")
+        elif any(captions.replaced(text, {word: ""}) != text for text in classes if text):
+            found.complaints.append(
+                f"--class_prompt names {word}, which the model does not know yet; say what the class is, e.g. a dog"
+            )
+    if "text_encoder_lr" not in given and has("text_encoder_lr") and has("text_encoder_lr") < 1e-4:
+        found.warnings.append(
+            f"--train_text_encoder_ti learns little at the --text_encoder_lr of {args.text_encoder_lr:g} that is meant"
+            " for whole encoders; give a larger one"
         )
 
 

@@ -2,7 +2,8 @@
 
 Every family has: load, posterior, latents, encode_prompts, cache_prompts, condition, predict, sampling_prompts,
 pipeline, pipeline_from_disk, configure, save_pipeline, use, and the attributes label, names, encoders, lora_targets,
-trainable, scheduler, resolution_default, side_factor, latent_channels, prompt_limit, caches_latents, stored_prompts.
+trainable, scheduler, resolution_default, side_factor, latent_channels, prompt_limit, caches_latents, stored_prompts,
+abstractions, settled.
 """
 
 import importlib

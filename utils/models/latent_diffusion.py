@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from utils import errors, models
+from utils import captions, errors, models
 from utils.models import clip
 
 # A bar for every network that is read would bury the one that counts.
@@ -74,6 +74,8 @@ class LatentDiffusion:
         self._prompts = {}  # text -> {"text": (77, c), ...}, where every text was encoded once
         self.stored_prompts = {}  # the same, of texts that were encoded before the run (precomputed.Texts)
         self._warned, self._vae_works = set(), False
+        self.abstractions = {}  # word in prompts -> tokens that were learned for it
+        self.settled = False  # text encoders that learned no longer do
 
     # --- Loading -----------------------------------------------------------------------------------------------
 
@@ -301,7 +303,7 @@ class LatentDiffusion:
             self._warn_when_cut(text)
             if any(getattr(self, name) is None for name in self.encoders):
                 raise RuntimeError(f"the text encoder was released before this prompt was encoded: {text!r}")
-        return self._hear(list(texts))
+        return self._hear([self._spelled(text) for text in texts])
 
     def _hear(self, texts: list[str]) -> dict[str, torch.Tensor]:
         """What the encoders make of prompts; each family listens in its own way."""
@@ -313,19 +315,23 @@ class LatentDiffusion:
             texts, padding="max_length", max_length=self.prompt_limit, truncation=True, return_tensors="pt"
         ).to(self.device)
 
+    def _spelled(self, text: str) -> str:
+        """As tokenizers are given it."""
+        return captions.replaced(text, self.abstractions)
+
     def count_tokens(self, text: str) -> int:
         """Begin and end marks included, to be compared with `prompt_limit`."""
-        return len(self.tokenizer(text, truncation=False, verbose=False).input_ids)
+        return len(self.tokenizer(self._spelled(text), truncation=False, verbose=False).input_ids)
 
     def cut_text(self, text: str) -> str:
         """The end of a prompt that the encoder will not see, or ''."""
-        ids = self.tokenizer(text, truncation=False, verbose=False).input_ids
+        ids = self.tokenizer(self._spelled(text), truncation=False, verbose=False).input_ids
         # The last place that is read belongs to the end mark, so the text stops one token earlier.
         return self.tokenizer.decode(ids[self.prompt_limit - 1 : -1]).strip() if len(ids) > self.prompt_limit else ""
 
     def _warn_when_cut(self, text: str) -> None:
         # Shorter ones cannot be too long: a token is a byte at least (an emoji has four), lower case at most doubles
-        if text not in self._warned and len(text.encode()) > self.prompt_limit // 2:
+        if text not in self._warned and len(self._spelled(text).encode()) > self.prompt_limit // 2:
             self._warned.add(text)
             if cut := self.cut_text(text):
                 errors.warn(f"a prompt is longer than {self.prompt_limit} tokens; the model will not see: {cut!r}")
@@ -363,10 +369,11 @@ class LatentDiffusion:
     def condition(self, batch: dict, draws=None) -> dict[str, torch.Tensor]:
         """What the UNet listens to besides the noisy latents: {"text": (b, 77, c), ...}."""
         encoders = {name: getattr(self, name) for name in self.encoders}
-        if any(name in self._wrapped or (module and module.training) for name, module in encoders.items()):
-            return self.encode_prompts(batch["captions"])  # they learn
-        with torch.no_grad():
-            return self._encoded(batch["captions"])
+        learn = any(name in self._wrapped or (module and module.training) for name, module in encoders.items())
+        if learn and not self.settled:
+            return self.encode_prompts(batch["captions"])
+        with torch.no_grad():  # what was encoded once is of encoders that never learned
+            return self.encode_prompts(batch["captions"]) if learn else self._encoded(batch["captions"])
 
     # --- The training forward ----------------------------------------------------------------------------------
 

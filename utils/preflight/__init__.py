@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from utils import buckets, concepts, precomputed
+from utils import buckets, captions, concepts, precomputed
 from utils.errors import DATA, OPTIONS, refuse, warn
 from utils.preflight import model_folder, photos, plan, remote, shapes
 
@@ -24,6 +24,7 @@ RUN_FILES = (*RESULTS, "training_config.yaml", "report.html", "samples", "README
 RUN_FILES += ("test_samples", "pdm_features", "pdm_masks")
 RUN_FILES += (
     "pytorch_lora_weights_kohya.safetensors",
+    "learned_embeddings.safetensors",
     "vae",
     "text_encoder",
     "text_encoder_2",
@@ -40,6 +41,7 @@ class Problems:
     def __init__(self):
         self.options: list[str] = []
         self.data: list[str] = []
+        self.captions: list[str] = []  # what the photos are said to show
 
     def refuse_if_any(self) -> None:
         if self.options or self.data:
@@ -58,6 +60,7 @@ def check(args: argparse.Namespace) -> list[Path]:
     # A branch moves; what a run records must name for ever what it was trained on.
     args.revision = model_folder.commit(model) or args.revision
     found = photos.look(args, problems)
+    problems.data += _unspoken(args, problems.captions)
     filled = shapes.fill(args, model, photos.sizes(found))
     outline = plan.outline(args, model, photos.visits(found), photos.class_images(args), buckets.counts(filled))
     if not args.max_train_steps and outline.steps and (args.lr_warmup_steps or 0) >= outline.steps:
@@ -211,6 +214,17 @@ def _precomputed(args) -> list[str]:
     wanted |= {"mirrored": args.random_flip, "alpha_background": args.alpha_background}
     wanted |= {"resolution_buckets": buckets.OFF if args.resolution_buckets == buckets.OFF else None}
     return precomputed.complaints(args.precomputed_dir, **wanted)
+
+
+def _unspoken(args, texts: list[str]) -> list[str]:
+    """New tokens that no caption stands for would learn nothing. Captions of a dataset are not known yet."""
+    words = args.token_abstraction if getattr(args, "train_text_encoder_ti", False) and texts else ()
+    return [
+        f"--token_abstraction {word} stands in no prompt or caption; write it where the subject is named,"
+        f" e.g. 'a photo of {word} dog'"
+        for word in words
+        if all(captions.replaced(text, {word: ""}) == text for text in texts)
+    ]
 
 
 def _disk(args, outline: plan.Plan, problems: Problems) -> None:

@@ -103,8 +103,9 @@ def _folder(args, concept: Concept, kind: str, problems) -> tuple[list, list[Pat
         problems.options.append(f"{option} '{folder}' holds no pictures ({found}); put the photos there")
     if needed:
         words = {name: getattr(args, name, None) for name in ("identifier", "class_noun")}
-        _, complaints = captions.read(folder, pictures, concept.instance_prompt, args.caption_column, **words)
+        texts, complaints = captions.read(folder, pictures, concept.instance_prompt, args.caption_column, **words)
         problems.data += complaints
+        problems.captions += [text for each in texts for text in ([each] if isinstance(each, str) else each or ())]
     # Class images are the model's own, and may look alike.
     square = args.resolution_buckets == buckets.OFF  # else the report of the buckets tells what is cut and enlarged
     wanted = {"min_side": square and args.resolution, "look": quality.look, "square": square} if needed else {}

@@ -231,13 +231,14 @@ def lines(plan: Plan, args: argparse.Namespace) -> list[str]:
         said += [f"          {name:<16}{size(count):>10}" for name, count in plan.memory.items()]
         if plan.main_memory:
             said.append(f"          gradients and optimizer take {size(plan.main_memory)} of main memory instead")
-        if not args.train_text_encoder:
+        if not (args.train_text_encoder or getattr(args, "train_text_encoder_ti", False)):
             said.append("          text encoders leave once the prompts are encoded")
         kept = f"{plan.checkpoints or 'some'} checkpoints of {size(plan.checkpoint_bytes)}"
         said.append(f"disk      {size(plan.result_bytes)} for the result, {kept}")
     weights = (
         "pytorch_lora_weights.safetensors" if "rank" in args else "a pipeline folder (model_index.json, unet/, ...)"
     )
+    weights += ", learned_embeddings.safetensors" if getattr(args, "train_text_encoder_ti", False) else ""
     said.append(
         f"writes    {args.output_dir}/: {weights}, training_config.yaml, metrics.jsonl, report.html, README.md,"
     )
