@@ -55,6 +55,20 @@ def test_with_class_images_it_stays_itself(scores):
     assert scores["full, prior"]["dogs"] > 0.8
 
 
+def test_the_sdxl_sibling_learns_the_subject_too(tmp_path):
+    from toybox import evaluate
+    from toybox.judge import Judge, load_photos
+
+    judge, photos = Judge.load(ROOT / "toybox/judge"), load_photos(ROOT / "toybox/subject")
+    args = argparse.Namespace(model=ROOT / "toybox/sdxl", subject=ROOT / "toybox/subject", output=tmp_path / "none")
+    found = {}
+    for name in ("base", "SDXL LoRA"):
+        pipeline, _ = evaluate.prepare(name, args, seed=0)
+        found[name] = judge.likeness(evaluate.draw_pictures(pipeline, SUBJECT, seed=1, steps=12), photos).mean().item()
+    print(found)
+    assert found["SDXL LoRA"] > found["base"] + 0.25
+
+
 def test_captioned_pictures_teach_a_style(tmp_path):
     """Forty pictures in two inks, with their usual captions, turn the model's drawings into such prints."""
     import train_text_to_image

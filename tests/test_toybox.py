@@ -111,6 +111,17 @@ def test_the_stock_pipeline_draws_what_it_is_asked_for(pipeline, judge):
     assert right >= 9, seen  # of 12; guessing gets 1.2
 
 
+def test_the_stock_pipeline_of_sdxl_does_so_too(judge):
+    from diffusers import StableDiffusionXLPipeline
+
+    from toybox import evaluate
+
+    sibling = StableDiffusionXLPipeline.from_pretrained(TOYBOX / "sdxl")
+    sibling.set_progress_bar_config(disable=True)
+    shares = evaluate.follow_captions(sibling, judge, count=1)
+    assert shares["thing"] >= 0.6 and shares["scene"] >= 0.8, shares  # guessing gets 0.08 and 0.1
+
+
 def test_the_judge_tells_the_subject_from_other_dogs(judge, photos):
     import random
 

@@ -2,7 +2,7 @@
 
     python -m toybox.train_sdxl --output toybox/sdxl
 
-takes about 25 core-minutes on a CPU. It shares the VAE of toybox/sd and is smaller than it (0.7 M weights
+takes about 45 core-minutes on a CPU. It shares the VAE of toybox/sd and is smaller than it (0.7 M weights
 in the UNet), so that both fit into the repository: it is there to exercise the SDXL script, and draws less
 well. Its training pictures were stored at 16 to 64 pixels and cut off-centre, as their time ids tell.
 """
