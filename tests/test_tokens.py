@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_scripts import same
 from test_sdxl import stock as stock_xl
 
-from utils import adapters, captions, hub, models, saved, tokens
+from utils import adapters, assembling, captions, hub, models, saved, tokens
 
 FILE = "learned_embeddings.safetensors"
 PROMPT = "a photo of TOK dog"
@@ -176,7 +176,7 @@ def test_sdxl_learns_resumes_and_stock_diffusers_draws_the_same(train, sdxl, tmp
         assert np.abs(picture(file) - ours).max() <= 1
 
 
-def test_stable_diffusion_averages_stops_and_draws_from_a_checkpoint(train, tmp_path):
+def test_stable_diffusion_averages_and_draws_from_a_checkpoint(train, sd1, tmp_path):
     options = f"--train_text_encoder_ti --token_abstraction sks --num_new_tokens_per_abstraction 1 --use_ema {FAST}"
     options += " --with_prior_preservation --num_class_images 1 --class_prompt 'a dog'"
     options += f" --class_data_dir '{tiny.photos(tmp_path / 'dogs', 1)}' --validation_prompt 'a sks dog'"
@@ -189,6 +189,11 @@ def test_stable_diffusion_averages_stops_and_draws_from_a_checkpoint(train, tmp_
     ours = picture(folder / "samples" / "step-000002" / "00-00.png")
     (file,) = infer(tmp_path / "drawn", "--checkpoint", folder / "checkpoint-2", "--prompt", "a sks dog")
     assert np.abs(picture(file) - ours).max() <= 1
+    family = models.family_of(str(sd1))
+    family.load("cpu", torch.float32)
+    pipeline = family.pipeline()
+    assembling.add_embeddings(pipeline, saved.embeddings([], [folder / "checkpoint-2"], []), "sd1")
+    assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[-1], averages["clip_l"][0])
 
 
 def test_adapters_of_text_encoders_stop_too(train):
