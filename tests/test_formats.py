@@ -166,6 +166,26 @@ def test_dora_comes_back_from_kohyas_naming(model, request, tmp_path):
     assert abs(drawn(pipeline) - ours).max() > 1e-3
 
 
+def test_diffusers_own_reader_of_kohyas_names_understands_dora(sdxl, tmp_path):
+    """load_lora_weights drops dora_scale before its reader of kohya files sees it; given to the reader, it draws the
+    same. peft keeps the lengths flat."""
+    from diffusers.loaders import lora_conversion_utils as theirs
+
+    family = loaded(sdxl)
+    trained(family, rank=2, alpha=3, dora=True, text_encoder=True).save(tmp_path, output_kohya_format=True)
+    ours = drawn(family.pipeline())
+    state, alphas = theirs._convert_non_diffusers_lora_to_diffusers(load_file(tmp_path / adapters.KOHYA_FILE))
+    state = {name: weight.flatten() if "magnitude" in name else weight for name, weight in state.items()}
+    pipeline = stock(sdxl)
+    base = drawn(pipeline)
+    parts = {part: {name: w for name, w in state.items() if name.startswith(f"{part}.")} for part in family.names}
+    pipeline.load_lora_into_unet(parts["unet"], network_alphas=alphas, unet=pipeline.unet)
+    for part in family.encoders:
+        network = getattr(pipeline, part)
+        pipeline.load_lora_into_text_encoder(parts[part], network_alphas=alphas, text_encoder=network, prefix=part)
+    assert abs(drawn(pipeline) - ours).max() < 1e-4 < 0.01 < abs(ours - base).max()
+
+
 def test_headers_say_what_other_programs_look_up(sdxl, tmp_path):
     trained(loaded(sdxl), rank=2, alpha=6).save(tmp_path / "dog", output_kohya_format=True)
     for name in (adapters.FILE, adapters.KOHYA_FILE):
