@@ -265,7 +265,8 @@ def test_a_stop_during_an_upload_that_goes_well_lets_it_end(asked, uninterrupted
 
 # What ipykernel does with a cell: the main thread runs it, whatever it raises is shown, and the kernel goes on.
 KERNEL = """
-import sys, traceback
+import signal, sys, traceback
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs these tests in the background ignores it
 sys.ps1 = "In [1]: "
 for cell in sys.stdin:
     try:
