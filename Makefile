@@ -32,7 +32,7 @@ demo: $(RUN_STAMP) ## train a LoRA of the embedded subject, draw it on new scene
 test: $(DEV_STAMP) ## every test; ARGS="-k lora" for some, WORKERS=0 for one process
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-test-fast: $(DEV_STAMP) ## the tests that neither train on the embedded model nor start several processes
+test-fast: $(DEV_STAMP) ## rooms and golden losses: no whole scripts, no real processes, no real learning
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
 lint: $(DEV_STAMP) ## ruff check, ruff format --check, codespell

@@ -24,6 +24,19 @@ for folder in (ROOT, ROOT / "tests"):  # `from utils import ...`, `import tiny`
 
 import pytest  # noqa: E402
 
+# Files that run whole scripts or load whole pipelines many times: `make test-fast` keeps their golden numbers only.
+WHOLE = (
+    "scripts sdxl text_to_image pdm exactness faults stops any_folder inpainting tokens streams precomputed launching"
+    " security infer concepts quantize merging formats adapter_kinds engines prior personalising two_processes"
+)
+
+
+def pytest_collection_modifyitems(items):
+    whole = {f"test_{name}" for name in WHOLE.split()}
+    for item in items:
+        if item.path.stem in whole and "golden" not in item.name:
+            item.add_marker("slow")
+
 
 @pytest.fixture(scope="session")
 def sd1(tmp_path_factory):
