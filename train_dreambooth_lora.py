@@ -29,6 +29,7 @@ def parse_args(argv=None):
     arguments.add_memory(parser)
     arguments.add_checkpoints(parser, output_dir="lora-dreambooth-model")
     arguments.add_validation(parser, validation_epochs=50)
+    arguments.add_scores(parser)
     arguments.add_logging(parser)
     arguments.add_hub(parser)
     return arguments.parse(parser, argv)
@@ -41,7 +42,7 @@ def main(args):
 
     # Imported here, so that --help and every complaint above answer at once.
     from utils import adapters, cache, checkpoints, datasets, ema, hub, losses, models, noise, optimizers
-    from utils import prior, randomness, report, runtime, validation
+    from utils import prior, randomness, report, runtime, scores, validation
 
     call = arguments.caller(args)  # call(f, ...) adds every option that bears the name of a keyword of f
     run = call(
@@ -167,6 +168,7 @@ def main(args):
         workers=args.dataloader_num_workers,
     )
 
+    judges = call(scores.create, run, photos)
     sampler = validation.Sampler(
         run,
         family,
@@ -176,6 +178,7 @@ def main(args):
         guidance=args.validation_guidance_scale,
         scheduler=args.validation_scheduler,
         size=dataset.size,
+        judges=judges,
     )
     steps_per_epoch = math.ceil(len(dataset) / examples_per_step)
     validation_steps = args.validation_steps or steps_per_epoch * (args.validation_epochs or 0)

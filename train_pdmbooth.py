@@ -30,6 +30,7 @@ def parse_args(argv=None):
     arguments.add_memory(parser)
     arguments.add_checkpoints(parser, output_dir="pdmbooth-model")
     arguments.add_validation(parser, validation_steps=100)
+    arguments.add_scores(parser)
     arguments.add_logging(parser, tracker_project_name="PDMBooth")
     arguments.add_hub(parser)
     return arguments.parse(parser, argv)
@@ -42,7 +43,7 @@ def main(args):
 
     # Imported here, so that --help and every complaint above answer at once.
     from utils import cache, checkpoints, datasets, ema, hub, learning, losses, masks, models, noise
-    from utils import optimizers, pdm, prior, randomness, report, runtime, validation
+    from utils import optimizers, pdm, prior, randomness, report, runtime, scores, validation
 
     call = arguments.caller(args)  # call(f, ...) adds every option that bears the name of a keyword of f
     run = call(
@@ -165,6 +166,7 @@ def main(args):
         workers=args.dataloader_num_workers,
     )
 
+    judges = call(scores.create, run, photos)
     sampler = validation.Sampler(
         run,
         family,
@@ -174,6 +176,7 @@ def main(args):
         guidance=args.validation_guidance_scale,
         scheduler=args.validation_scheduler,
         size=dataset.size,
+        judges=judges,
     )
     tests = validation.Sampler(
         run,
@@ -185,6 +188,7 @@ def main(args):
         scheduler=args.validation_scheduler,
         size=dataset.size,
         folder="test_samples",
+        judges=judges,
     )
     steps_per_epoch = math.ceil(len(dataset) / examples_per_step)
     validation_steps = args.validation_steps or steps_per_epoch * (args.validation_epochs or 0)

@@ -30,6 +30,7 @@ def parse_args(argv=None):
     arguments.add_memory(parser)
     arguments.add_checkpoints(parser, output_dir="sd-model-finetuned")
     arguments.add_validation(parser, validation_epochs=5, num_validation_images=1)
+    arguments.add_scores(parser)
     arguments.add_logging(parser, tracker_project_name="text2image-fine-tune")
     arguments.add_hub(parser)
     return arguments.parse(parser, argv)
@@ -42,7 +43,7 @@ def main(args):
 
     # Imported here, so that --help and every complaint above answer at once.
     from utils import cache, checkpoints, datasets, ema, heldout, hub, learning, losses, models, noise, optimizers
-    from utils import randomness, report, runtime, streams, validation
+    from utils import randomness, report, runtime, scores, streams, validation
 
     call = arguments.caller(args)  # call(f, ...) adds every option that bears the name of a keyword of f
     run = call(
@@ -149,6 +150,7 @@ def main(args):
         workers=args.dataloader_num_workers,
     )
 
+    judges = call(scores.create, run)  # no subject, so nothing to be alike
     sampler = validation.Sampler(
         run,
         family,
@@ -158,6 +160,7 @@ def main(args):
         guidance=args.validation_guidance_scale,
         scheduler=args.validation_scheduler,
         size=dataset.size,
+        judges=judges,
     )
     steps_per_epoch = math.ceil(len(dataset) / examples_per_step)
     validation_steps = args.validation_steps or steps_per_epoch * (args.validation_epochs or 0)

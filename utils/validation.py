@@ -42,11 +42,12 @@ class Sampler:
         negative: str = "",
         batch_size: int | None = None,  # images at once; None: one, or all of a prompt when they are small
         folder: str = "samples",  # in the output folder
+        judges=None,  # scores.Scores of what is drawn
     ):
         self.run, self.family, self.prompts, self.count = run, family, list(prompts), count
         self.steps, self.guidance, self.scheduler, self.negative = steps, guidance, scheduler, negative
         self.seed = run.seed if seed is None else seed
-        self.folder = folder
+        self.folder, self.judges = folder, judges
         size = size or family.resolution_default
         self.width, self.height = (size, size) if isinstance(size, int) else size
         self.batch_size = batch_size or (count if max(self.width, self.height) <= SMALL else 1)
@@ -73,6 +74,7 @@ class Sampler:
             except OSError as problem:  # a full disk
                 errors.warn(f"{folder}: not all sample images were written ({problem.strerror or problem})")
             self._show(drawn, step)
+            self._judge(drawn, step)
         return [folder / f"{prompt:02d}-{image:02d}.png" for prompt, image, _ in drawn]
 
     def _show(self, drawn: list[tuple[int, int, bytes]], step: int) -> None:
@@ -85,6 +87,21 @@ class Sampler:
             name = kind if len(self.prompts) == 1 else f"{kind}/{number}"
             shown.setdefault(name, []).append(Image.open(io.BytesIO(data)).convert("RGB"))
         self.run.log_images(step, shown)
+
+    def _judge(self, drawn: list[tuple[int, int, bytes]], step: int) -> None:
+        """Scores into metrics.jsonl and the trackers; those of other folders under names of their own."""
+        from PIL import Image
+
+        if not self.judges:
+            return
+        pictures = [Image.open(io.BytesIO(data)).convert("RGB") for _, _, data in drawn]
+        try:
+            found = self.judges.measure(pictures, [self.prompts[number] for number, _, _ in drawn])
+        except (OSError, RuntimeError, ValueError) as problem:  # out of memory, a photo that is gone
+            errors.warn(f"no scores at step {step}: {(str(problem).splitlines() or [type(problem).__name__])[0]}")
+            return
+        kind = "" if self.folder == "samples" else self.folder.removesuffix("_samples") + "_"
+        self.run.also(step, **{kind + name: value for name, value in found.items()})
 
     def _mine(self, step: int) -> Iterator[tuple[int, int, bytes]]:
         """This process's share as (prompt number, image number, PNG)."""

@@ -33,6 +33,7 @@ OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "sgd", "lion", "page
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact")
 STARTS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora")
+SCORES = ("clip", "dino", "lpips", "judge")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")
 
 PDM_STEPS = 50  # as docs/log.md has it
@@ -433,6 +434,19 @@ def add_validation(
     add("validation_num_inference_steps", whole(1), 25, "its steps")
     add("validation_guidance_scale", number(0), 7.5, "classifier-free guidance")
     add("validation_images", folder, None, "DeepFloyd IF only: small images that stage II enlarges", many=True)
+
+
+def add_scores(parser: argparse.ArgumentParser) -> None:
+    add = group(parser, "Scores of validation and test images, in metrics.jsonl, trackers and the report")
+    help = (
+        "clip, dino, lpips, judge (the toybox's own), several of them, none; auto: the judge on the toybox, elsewhere"
+    )
+    help += " clip and dino if their weights are on this machine already"
+    add("scores", choice("auto", "none", *SCORES), ("auto",), help, many=True)
+    help = "CLIP that tells likeness, agreement with the prompt, and variety: folder or hub name"
+    add("clip_model_name_or_path", folder, "openai/clip-vit-base-patch32", help)
+    help = "vision transformer that tells likeness and variety: folder or hub name"
+    add("dino_model_name_or_path", folder, "facebook/dino-vits16", help)
 
 
 def add_logging(parser: argparse.ArgumentParser, tracker_project_name: str = "dreambooth") -> None:

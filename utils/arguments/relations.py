@@ -93,6 +93,7 @@ def check(args: argparse.Namespace, given: dict, defaults: dict, misread: set[st
     _validation(args, has, given, found)
     _words(args, has, found)
     _start(has, found)
+    _scores(args, has, given, found)
     _reporting(args, has, given, found)
     for name in IF_ONLY:
         if has(name) not in (None, False, []):
@@ -464,6 +465,18 @@ def _start(has, found: Findings) -> None:
         )
     if has("deterministic") and has("allow_tf32"):
         found.complaints.append("--deterministic turns TF32 off, --allow_tf32 turns it on; leave one out")
+
+
+def _scores(args, has, given: dict, found: Findings) -> None:
+    if "scores" not in args:
+        return
+    named = list(dict.fromkeys(args.scores))
+    alone = [name for name in ("auto", "none") if name in named and len(named) > 1]
+    if alone:
+        found.complaints.append(f"--scores {' '.join(named)}: {alone[0]} together with others; leave one out")
+    args.scores = [name for name in named if name != "none"]
+    if args.scores and "scores" in given and not (has("validation_prompt") or has("test_prompts")):
+        found.warnings.append("--scores has no effect without --validation_prompt: no images are drawn")
 
 
 def _reporting(args, has, given: dict, found: Findings) -> None:

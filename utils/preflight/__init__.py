@@ -70,7 +70,7 @@ def check(args: argparse.Namespace) -> list[Path]:
         )
     _disk(args, outline, problems)
     problems.options += _precomputed(args)
-    problems.options += remote.packages(args)
+    problems.options += [*model_folder.judges(args), *remote.packages(args)]
     alone = int(os.environ.get("WORLD_SIZE") or 1) == 1
     if os.environ.get("RANK", "0") == "0" and (alone or not problems.options):
         # Asked once, and in a group of processes last: one that waits here must not be killed by one that refused.

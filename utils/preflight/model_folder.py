@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from utils import models
+from utils import models, scores
 from utils.arguments import relations
 from utils.preflight import plan, remote
 
@@ -67,9 +67,29 @@ def elsewhere(args: argparse.Namespace) -> list[str]:
             continue
         if folder.exists():
             complaints.append(f"--{option} {name} holds no {part} ({' or '.join(marks)}, there or in {part}/)")
-        elif not remote.REPOSITORY.fullmatch(name) or name.startswith("."):
+        elif not _may_be_on_the_hub(name):
             complaints.append(f"--{option} {name} does not exist here, and is no hub name of the form owner/model")
     return complaints
+
+
+def judges(args: argparse.Namespace) -> list[str]:
+    """Complaints about networks that --scores asks for by name."""
+    complaints = []
+    for kind in [kind for kind in ("clip", "dino") if kind in args.scores]:
+        name = getattr(args, f"{kind}_model_name_or_path")
+        asked = f"--{kind}_model_name_or_path {name}, for --scores {kind},"
+        if Path(name).exists():
+            if not Path(name, "config.json").is_file():
+                complaints.append(f"{asked} holds no config.json, so it is no model; name its folder")
+        elif not _may_be_on_the_hub(name):
+            complaints.append(f"{asked} does not exist here, and is no hub name of the form owner/model")
+        elif not scores.is_here(name) and (remote.offline() or not remote.reachable()):
+            complaints.append(f"{asked} is not here, and the hub cannot be reached; fetch it, or leave {kind} out")
+    return complaints
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    return bool(remote.REPOSITORY.fullmatch(name)) and not name.startswith(".")
 
 
 def objective(args: argparse.Namespace, folder: Path | None) -> list[str]:
@@ -127,7 +147,7 @@ def _no_weights(network: Path, variant: str | None, allow_pickle: bool = False) 
 
 def _from_hub(name: str, revision: str | None) -> tuple[Path | None, str | None]:
     """(snapshot folder in the cache, None) or (None, what is wrong with the name)."""
-    if not remote.REPOSITORY.fullmatch(name) or name.startswith("."):
+    if not _may_be_on_the_hub(name):
         return None, "does not exist here, and is no hub name of the form owner/model"
     from huggingface_hub import errors as hub_errors
     from huggingface_hub import hf_hub_download

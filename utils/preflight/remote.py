@@ -29,6 +29,8 @@ def packages(args: argparse.Namespace) -> list[str]:
         wanted.append(("--optimizer lion", "bitsandbytes", "bitsandbytes"))
     if args.optimizer == "prodigy":
         wanted.append(("--optimizer prodigy", "prodigyopt", "prodigyopt"))
+    if "lpips" in args.scores:
+        wanted += [("--scores lpips", name, name) for name in ("torchmetrics", "torchvision")]
     if args.dataset_name:
         wanted.append(("--dataset_name", "datasets", "datasets"))
     complaints = [

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-from utils import errors
+from utils import errors, scores
 from utils.report import curves, gallery
 
 MOST_STEPS = 20  # validations shown for each prompt: the first, the newest, and evenly between
@@ -60,7 +60,8 @@ class Report:
         rows = curves.read_metrics(self.folder / "metrics.jsonl")
         settings = read_settings(self.folder)
         step = rows[-1]["step"] if rows else 0
-        prompts, shown, left_out = self._samples(max(step, getattr(self.run, "step", 0)))
+        last = max(step, getattr(self.run, "step", 0))
+        prompts, shown, left_out = self._samples(last)
         chosen, others = split_settings(settings, self.defaults)
         sessions = _sessions(self.run, self.folder)
         total = self.total_steps or getattr(self.run, "total", None)
@@ -74,20 +75,21 @@ class Report:
             tiles=_tiles(rows, step, total, sessions),
             charts=_charts(rows),
             prompts=prompts,
+            tests=self._samples(last, "test_samples")[0],
             shown=shown,
             left_out=left_out,
             previews=self._previews(),
             sheet=self._copy(self.folder / gallery.SHEET, WHOLE),
             chosen=chosen,
             others=others,
-            tables=[table for table in (_timings(sessions), _written(self.folder)) if table[1]],
+            tables=[table for table in (_judged(rows), _timings(sessions), _written(self.folder)) if table[1]],
             resume=self.resume_command if any(self.folder.glob("checkpoint-*")) else None,
         )
 
-    def _samples(self, last: int) -> tuple[list[dict], int, int]:
+    def _samples(self, last: int, folder: str = "samples") -> tuple[list[dict], int, int]:
         """One strip per prompt; columns are steps, rows are seeds."""
         # Not those past the last step: a run that went back to an older checkpoint has not drawn them.
-        found = {step: files for step, files in gallery.sample_files(self.folder).items() if step <= last}
+        found = {step: files for step, files in gallery.sample_files(self.folder, folder).items() if step <= last}
         steps = _spread(sorted(found), MOST_STEPS)
         strips = {}
         for step in steps:
@@ -208,17 +210,24 @@ def _charts(rows: list[dict]) -> list[dict]:
         name for name in every if re.match(r"(lr|learning_rate)\b", name.replace("_", " ")) or name.endswith("_lr")
     ]
     titles = {"grad_norm": "Gradient norm", "seconds": "Seconds a step"}
-    charts = []
-    for title, names in [("Loss", ["loss"]), ("Learning rate", rates[:3])] + [
+    judged = scores.meanings(every)
+    groups = [("Loss", ["loss"]), ("Learning rate", rates[:3])]
+    groups += [(text, [name for name in judged if judged[name] == text]) for text in dict.fromkeys(judged.values())]
+    known = {"skipped", "spike", *(name for _, names in groups for name in names), *rates}
+    groups += [
         (titles.get(name, name.replace("_", " ").capitalize()), [name])
         for name in every
-        if name not in ("loss", "skipped", "spike", *rates)
-    ]:
+        if name not in known and not name.startswith("test_")  # told once, in a table
+    ]
+    charts = []
+    for title, names in groups:
         lines, lost = [], 0
         for name, stroke in zip(names, STROKES):
             steps, values, gone = curves.series(rows, name)
             lost += gone
-            if title == "Learning rate" or name.startswith("validation"):  # nothing in them jumps by chance
+            if (
+                title == "Learning rate" or name.startswith("validation") or name in judged
+            ):  # nothing in them jumps by chance
                 lines.append((name, steps, values, stroke))
             else:
                 window = curves.window_for(len(values))
@@ -276,6 +285,16 @@ def _tiles(rows: list[dict], step, total, sessions: list[dict]) -> list[tuple[st
             of = "memory" if sessions[-1].get("device") == "cpu" else "GPU memory"
             tiles.append((f"peak {of}", f"{peak:.2f} GiB"))
     return tiles
+
+
+def _judged(rows: list[dict]) -> tuple[str, list]:
+    """The first and the last of every score."""
+    told = []
+    for name, meaning in scores.meanings(curves.names(rows)).items():
+        values = curves.series(rows, name)[1]
+        came_to = " to ".join(f"{value:.3f}" for value in dict.fromkeys((values[0], values[-1])))
+        told.append((f"{name}: {meaning}", came_to, None))
+    return "Scores", told
 
 
 def _timings(sessions: list[dict]) -> tuple[str, list]:

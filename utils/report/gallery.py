@@ -58,10 +58,10 @@ def png_settings(image) -> dict:
     return told if isinstance(told, dict) else {}
 
 
-def sample_files(folder: Path) -> dict[int, dict[tuple[int, int], Path]]:
+def sample_files(folder: Path, kind: str = "samples") -> dict[int, dict[tuple[int, int], Path]]:
     """step -> (prompt number, image number) -> file, for samples/step-000100/00-00.png."""
     found = {}
-    for path in Path(folder).glob("samples/step-*/*.png"):
+    for path in Path(folder).glob(f"{kind}/step-*/*.png"):
         where = re.fullmatch(r"step-(\d+)", path.parent.name)
         which = re.fullmatch(r"(\d+)-(\d+)", path.stem)
         if where and which:
