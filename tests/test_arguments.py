@@ -67,7 +67,6 @@ WITHOUT_EFFECT = {
     "class_labels_conditioning",
     "validation_images",
     "save_model_weights",
-    "sam_model_name_or_path",
 }
 
 
@@ -335,7 +334,8 @@ TOLD = """pretrained_model_name_or_path revision concepts_list concepts
     instance_data_dir instance_prompt identifier class_noun dataset_name
     dataset_config_name dataset_split image_column caption_column train_data_dir streaming shuffle_buffer
     max_train_samples validation_split
-    resolution resolution_buckets masked_loss masks_dir alpha_mask with_prior_preservation class_data_dir class_prompt
+    resolution resolution_buckets masked_loss masks_dir alpha_mask sam_model_name_or_path sam_box sam_point
+    with_prior_preservation class_data_dir class_prompt
     num_class_images class_guidance_scale prior_generation_precision prior_loss_weight train_text_encoder rank
     train_text_encoder_ti token_abstraction num_new_tokens_per_abstraction
     lora_alpha use_dora lora_target_modules adapter use_rslora lokr_factor init_lora_weights loraplus_lr_ratio

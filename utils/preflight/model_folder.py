@@ -72,6 +72,37 @@ def elsewhere(args: argparse.Namespace) -> list[str]:
     return complaints
 
 
+def sam(args: argparse.Namespace) -> list[str]:
+    """Complaints about the model that makes masks."""
+    name = args.sam_model_name_or_path
+    if not name:
+        return []
+    folder = Path(models.resolve(name)).expanduser()
+    if folder.is_file():
+        problem = "is a single file; a folder or hub name in the format of transformers is needed"
+    elif folder.is_dir():
+        problem = _no_sam(folder, args.allow_pickle)
+    else:
+        folder, problem = _from_hub(name, None, "config.json", "model of transformers")
+        problem = problem or _no_sam(folder, args.allow_pickle, whole=remote.offline())
+    return [f"--sam_model_name_or_path {name} {problem}"] if problem else []
+
+
+def _no_sam(folder: Path, allow_pickle: bool, whole: bool = True) -> str | None:
+    """What a folder lacks of a SAM; not `whole`: only its configuration was fetched yet."""
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return "has no config.json that can be read, so it is no model of transformers"
+    if kind != "sam":
+        return f"is a model of type {kind}: masks are made by sam, e.g. facebook/sam-vit-base"
+    if not whole:
+        return None
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        return "lacks preprocessor_config.json: the copy is incomplete, download or save it again"
+    return _no_weights(folder, None, allow_pickle)
+
+
 def objective(args: argparse.Namespace, folder: Path | None) -> list[str]:
     """Options about noise and loss that the model's own schedule leaves no room for."""
     try:
@@ -125,7 +156,9 @@ def _no_weights(network: Path, variant: str | None, allow_pickle: bool = False) 
     return f"has no weights in {network.name}/: the copy is incomplete, download or save it again"
 
 
-def _from_hub(name: str, revision: str | None) -> tuple[Path | None, str | None]:
+def _from_hub(
+    name: str, revision: str | None, file: str = "model_index.json", kind: str = "diffusers pipeline"
+) -> tuple[Path | None, str | None]:
     """(snapshot folder in the cache, None) or (None, what is wrong with the name)."""
     if not remote.REPOSITORY.fullmatch(name) or name.startswith("."):
         return None, "does not exist here, and is no hub name of the form owner/model"
@@ -134,12 +167,12 @@ def _from_hub(name: str, revision: str | None) -> tuple[Path | None, str | None]
 
     unknown = "is no folder here, not in the cache, and the hub cannot be reached; download it or name a folder"
     try:  # a cached model needs no network
-        return Path(hf_hub_download(name, "model_index.json", revision=revision, local_files_only=True)).parent, None
+        return Path(hf_hub_download(name, file, revision=revision, local_files_only=True)).parent, None
     except (hub_errors.LocalEntryNotFoundError, hub_errors.HFValidationError):
         if remote.offline() or not remote.reachable():
             return None, unknown
     try:
-        return Path(hf_hub_download(name, "model_index.json", revision=revision)).parent, None
+        return Path(hf_hub_download(name, file, revision=revision)).parent, None
     except hub_errors.GatedRepoError:
         return None, f"is gated: accept its terms on https://huggingface.co/{name}, then log in with: hf auth login"
     except hub_errors.RevisionNotFoundError:
@@ -149,7 +182,7 @@ def _from_hub(name: str, revision: str | None) -> tuple[Path | None, str | None]
     except hub_errors.LocalEntryNotFoundError:  # before its parent, EntryNotFoundError
         return None, unknown
     except hub_errors.EntryNotFoundError:
-        return None, "is on the hub but has no model_index.json, so it is no diffusers pipeline"
+        return None, f"is on the hub but has no {file}, so it is no {kind}"
     except Exception as problem:  # no network in one of its many shapes
         reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         return None, f"is no folder here and could not be asked for on the hub: {reason}"
