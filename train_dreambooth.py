@@ -41,7 +41,7 @@ def main(args):
 
     # Imported here, so that --help and every complaint above answer at once.
     from utils import cache, checkpoints, datasets, ema, hub, learning, losses, models, noise, optimizers
-    from utils import prior, randomness, report, runtime, scores, validation
+    from utils import prior, randomness, report, runtime, sam, scores, validation
 
     call = arguments.caller(args)  # call(f, ...) adds every option that bears the name of a keyword of f
     run = call(
@@ -66,6 +66,9 @@ def main(args):
             precision=args.prior_generation_precision,
         )
 
+    # Photos, and masks by SAM where it is named: it has gone before the model is loaded.
+    (photos,) = call(sam.attach, run, call(datasets.photos))
+
     # Model: the UNet (and the text encoder) learn, in fp32; the rest stays frozen.
     call(
         family.load,
@@ -78,7 +81,6 @@ def main(args):
     family.configure(args.gradient_checkpointing, xformers=args.enable_xformers_memory_efficient_attention)
 
     # Data: each photo with a class image beside it; "is_class" tells which is which.
-    photos = call(datasets.photos)
     examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * run.world
     dataset = call(
         datasets.DreamBooth,

@@ -43,7 +43,7 @@ def main(args):
 
     # Imported here, so that --help and every complaint above answer at once.
     from utils import adapters, cache, checkpoints, datasets, ema, hub, losses, masks, models, noise
-    from utils import optimizers, pdm, prior, randomness, report, runtime, scores, validation
+    from utils import optimizers, pdm, prior, randomness, report, runtime, sam, scores, validation
 
     call = arguments.caller(args)  # call(f, ...) adds every option that bears the name of a keyword of f
     run = call(
@@ -68,6 +68,13 @@ def main(args):
             precision=args.prior_generation_precision,
         )
 
+    # Photos, and masks by SAM where it is named: it has gone before the model is loaded.
+    photos = call(datasets.photos)
+    class_photos = datasets.class_pictures(class_images, args.concepts)
+    if args.mask_prior:
+        class_photos = call(masks.of_classes, class_photos)
+    photos, class_photos = call(sam.attach, run, photos, class_photos)
+
     # Model: the base stays frozen, the adapters learn.
     call(
         family.load,
@@ -89,13 +96,11 @@ def main(args):
     family.configure(args.gradient_checkpointing, xformers=args.enable_xformers_memory_efficient_attention)
 
     # Data: each photo with a class image beside it; "is_class" tells which is which.
-    photos = call(datasets.photos)
     examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * run.world
-    class_photos = datasets.class_pictures(class_images, args.concepts)
     dataset = call(
         datasets.DreamBooth,
         photos if args.mask_dm else masks.without(photos),
-        masks.of_classes(class_photos) if args.mask_prior else class_photos,
+        class_photos,
         size=args.resolution or family.resolution_default,
         side_factor=family.side_factor,
         examples_per_step=examples_per_step,
@@ -104,7 +109,7 @@ def main(args):
     )
     if run.is_main:
         report.preview(dataset, run.output_dir)
-        report.contact_sheet(dataset, run.output_dir, family.count_tokens, family.prompt_limit)
+        report.contact_sheet(dataset, run.output_dir, family.count_tokens, family.prompt_limit, photos)
 
     # The bank: what the untouched model asks about each photo, at the timesteps of its inversion.
     bank = call(pdm.prepare, run, family, dataset, photos)

@@ -43,7 +43,7 @@ def main(args):
 
     # Imported here, so that --help and every complaint above answer at once.
     from utils import cache, checkpoints, datasets, ema, heldout, hub, learning, losses, models, noise, optimizers
-    from utils import randomness, report, runtime, scores, streams, validation
+    from utils import randomness, report, runtime, sam, scores, streams, validation
 
     call = arguments.caller(args)  # call(f, ...) adds every option that bears the name of a keyword of f
     run = call(
@@ -55,6 +55,9 @@ def main(args):
         resuming=args.resume_from_checkpoint,
     )
     family = call(models.family_of, args.pretrained_model_name_or_path)
+
+    # Pictures, and masks by SAM where it is named: it has gone before the model is loaded.
+    (pictures,) = call(sam.attach, run, call(datasets.captioned, seed=run.seed))
 
     # Model: the UNet (and the text encoder) learn, in fp32; the rest stays frozen.
     call(
@@ -68,7 +71,7 @@ def main(args):
     family.configure(args.gradient_checkpointing, xformers=args.enable_xformers_memory_efficient_attention)
 
     # Data: captioned pictures, some of them held out for a loss that can be compared.
-    pictures, unseen = heldout.split(call(datasets.captioned, seed=run.seed), args.validation_split, run.seed)
+    pictures, unseen = heldout.split(pictures, args.validation_split, run.seed)
     examples_per_step = args.train_batch_size * args.gradient_accumulation_steps * run.world
     how = {
         "size": args.resolution or family.resolution_default,

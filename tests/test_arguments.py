@@ -37,6 +37,7 @@ def build(lora=True):
     arguments.add_memory(parser)
     arguments.add_checkpoints(parser, output_dir="out")
     arguments.add_validation(parser, **({"validation_epochs": 50} if lora else {"validation_steps": 100}))
+    arguments.add_scores(parser)
     arguments.add_logging(parser)
     arguments.add_hub(parser)
     return parser
@@ -67,7 +68,6 @@ WITHOUT_EFFECT = {
     "class_labels_conditioning",
     "validation_images",
     "save_model_weights",
-    "sam_model_name_or_path",
 }
 
 
@@ -335,7 +335,8 @@ TOLD = """pretrained_model_name_or_path revision concepts_list concepts
     instance_data_dir instance_prompt identifier class_noun dataset_name
     dataset_config_name dataset_split image_column caption_column train_data_dir streaming shuffle_buffer
     max_train_samples validation_split
-    resolution resolution_buckets masked_loss masks_dir alpha_mask with_prior_preservation class_data_dir class_prompt
+    resolution resolution_buckets masked_loss masks_dir alpha_mask sam_model_name_or_path sam_box sam_point
+    with_prior_preservation class_data_dir class_prompt
     num_class_images class_guidance_scale prior_generation_precision prior_loss_weight train_text_encoder rank
     train_text_encoder_ti token_abstraction num_new_tokens_per_abstraction
     lora_alpha use_dora lora_target_modules adapter use_rslora lokr_factor init_lora_weights loraplus_lr_ratio
@@ -355,7 +356,7 @@ CHANGEABLE = """config dry_run allow_pickle cache_dir repeats on_bad_image preco
     validation_steps validation_epochs validation_scheduler validation_num_inference_steps validation_guidance_scale
     report_to logging_dir tracker_project_name push_to_hub hub_token hub_model_id hub_private
     features_data_dir save_pdm_fs save_pdm_masks test_prompts num_test_imgs_per_prompt del_cls_imgs_dir wandb_exp
-    wandb_dir"""
+    wandb_dir scores clip_model_name_or_path dino_model_name_or_path"""
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in Path(__file__).parents[1].glob("train_*.py")))

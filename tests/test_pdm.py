@@ -375,7 +375,6 @@ def test_what_cannot_be_honoured_is_refused(photos, sd1, tmp_path, capsys):
     assert "--use_pdm_loss needs --class_prompt" in refused("--use_pdm")
     assert "--resolution_buckets" in refused("--use_pdm --cls_prompt=c --resolution_buckets")
     assert "--mask_prior needs --use_prior_loss" in refused("--mask_prior")
-    assert "masks by SAM" in refused("--sam_model_name_or_path=facebook/sam-vit-huge")
     said = refused("--use_pdm --cls_prompt=c --pdm_layer=mid.attn1 --pdm_inversion_steps=1001 --resolution=64")
     assert "choose one of down_blocks.0" in said and "the model has 1000 timesteps" in said
     assert "no photo has a mask" in refused("--mask_pdm --use_pdm --cls_prompt=c --resolution=64")
@@ -385,6 +384,10 @@ def test_what_cannot_be_honoured_is_refused(photos, sd1, tmp_path, capsys):
     assert script.parse_args(shlex.split(f"{base} --masked_loss")).mask_dm
     only = script.parse_args(shlex.split(f"{base} --masks_dir={photos} --mask_pdm --use_pdm --cls_prompt=c"))
     assert only.masked_loss and not only.mask_dm
+    asked = f"{base} --sam_model_name_or_path=s"
+    assert script.parse_args(shlex.split(asked)).mask_dm
+    prior = script.parse_args(shlex.split(f"{asked} --mask_prior --use_prior_loss --cls_prompt=c --cls_data_dir=d"))
+    assert prior.mask_prior and not prior.mask_dm and not prior.masked_loss
 
 
 def refused_inpainting(sd1, tmp_path, refused):

@@ -61,6 +61,21 @@ def test_captions_say_what_the_picture_shows():
         assert one.name is None or one.individual == draw.NAMED[one.name]
 
 
+def test_the_mask_is_where_the_thing_is():
+    """Of one picture in two colours nothing differs outside of it; the outline is inside."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    for seed, one in enumerate(map(draw.example, range(40))):
+        red, blue = (replace(one.individual, colour=colour, pattern="plain") for colour in ("red", "blue"))
+        pictures = [np.asarray(draw.draw(each, one.scene, seed)).astype(int) for each in (red, blue)]
+        mask = np.asarray(draw.mask_of(red, one.scene, seed))
+        assert (pictures[0] == pictures[1])[mask == 0].all() and 0.05 < (mask > 127).mean() < 0.7
+        assert (pictures[0] != pictures[1]).any(axis=2)[mask == 255].mean() > 0.2
+        assert (mask == np.asarray(draw.mask_of(blue, one.scene, seed))).all()
+
+
 def test_training_never_shows_the_subject_or_its_colours():
     colours = {draw.SUBJECT.colour, draw.SUBJECT.second}
     shown = [draw.NAMED[word] for word in draw.NAMED] + [draw.example(i).individual for i in range(300)]

@@ -23,7 +23,8 @@ JOBS = {
     "lora": "train_dreambooth_lora sd1 --train_text_encoder --snr_gamma 5 --noise_offset 0.1 --random_flip",
     "full": "train_dreambooth sd1 --use_ema",
     "buckets": "train_dreambooth_lora sd1 --resolution_buckets --resolution 64 --center_crop",
-    "pdm": "train_pdmbooth_lora sd1 --use_inst_loss --use_pdm_loss --pdm_inversion_steps 8 --resolution 64",
+    "pdm": "train_pdmbooth_lora sd1 --use_inst_loss --use_pdm_loss --pdm_inversion_steps 8 --resolution 64"
+    " --mask_dm --mask_pdm --mask_prior --sam_model_name_or_path toybox-sam",
     "tokens": "train_dreambooth_lora_sdxl sdxl --train_text_encoder_ti --token_abstraction sks --text_encoder_lr 0.05",
     "sdxl": "train_dreambooth_lora_sdxl sdxl --train_text_encoder",
 }

@@ -13,7 +13,7 @@ import argparse
 import random
 from dataclasses import dataclass
 
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageChops, ImageEnhance
 
 from toybox.scenes import paint_scene
 from toybox.things import BASE_LINES, COLOURS, draw_thing
@@ -104,8 +104,28 @@ _NAMED_SHARE = {"dog": 0.4, "cat": 0.4}
 def draw(individual: Individual, scene: str, seed: int, size: int = SIZE) -> Image.Image:
     """One picture; the seed chooses the place, the pose and the details of the scene."""
     rng = random.Random(f"draw {seed}")
-    side = size * SCALE
-    canvas = Image.new("RGB", (side, side))
+    canvas = Image.new("RGB", (size * SCALE, size * SCALE))
+    draw_thing(canvas, individual, *_set(canvas, individual, scene, rng), rng)
+    picture = canvas.resize((size, size), Image.BOX)
+    return ImageEnhance.Brightness(picture).enhance(rng.uniform(0.94, 1.04))
+
+
+def mask_of(individual: Individual, scene: str, seed: int, size: int = SIZE) -> Image.Image:
+    """Where the thing in that picture is ("L", white): what looks the same whatever lies behind it."""
+    rng = random.Random(f"draw {seed}")
+    canvas = Image.new("RGB", (size * SCALE, size * SCALE))
+    place, grounds = _set(canvas, individual, scene, rng), []
+    pose = rng.getstate()
+    for ground in ("black", "white"):
+        rng.setstate(pose)
+        grounds.append(Image.new("RGB", canvas.size, ground))
+        draw_thing(grounds[-1], individual, *place, rng)
+    return ImageChops.invert(ImageChops.difference(*grounds)).convert("L").resize((size, size), Image.BOX)
+
+
+def _set(canvas: Image.Image, individual: Individual, scene: str, rng: random.Random) -> tuple:
+    """Paints the scene => (centre, radius, mirrored) of the thing in it."""
+    side = canvas.width
     ground = paint_scene(canvas, scene, rng)  # where things stand, as a share of the height
     radius = rng.uniform(0.31, 0.42) * side
     base = min(max(ground + rng.uniform(0.1, 0.24), 0.78), 0.94) * side
@@ -113,10 +133,7 @@ def draw(individual: Individual, scene: str, seed: int, size: int = SIZE) -> Ima
         base = rng.uniform(0.82, 0.92) * side
     radius = min(radius, base / (BASE_LINES.get(individual.thing, 0.95) + 1.06))  # keep its head in the picture
     centre = ((0.5 + rng.uniform(-0.09, 0.09)) * side, base - BASE_LINES.get(individual.thing, 0.95) * radius)
-    mirrored = rng.random() < 0.15  # most look to the right: a small model that has to choose draws two heads
-    draw_thing(canvas, individual, centre, radius, mirrored, rng)
-    picture = canvas.resize((size, size), Image.BOX)
-    return ImageEnhance.Brightness(picture).enhance(rng.uniform(0.94, 1.04))
+    return centre, radius, rng.random() < 0.15  # most look to the right: a small model that must choose draws two heads
 
 
 PREFIXES = ("a photo of a", "a photo of", "a picture of a", "a", "the", "")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from toybox.draw import SUBJECT, draw
+from toybox.draw import SUBJECT, draw, mask_of
 
 # file, scene, seed, size: sizes other than squares are cut from a larger drawing
 PHOTOS = (
@@ -23,14 +23,18 @@ PHOTOS = (
 )
 
 
-def take_photo(scene: str, seed: int, size: tuple[int, int]) -> Image.Image:
-    """Portrait and landscape photos have more of the scene above and below, or on both sides."""
+def take_photo(scene: str, seed: int, size: tuple[int, int], mask: bool = False) -> Image.Image:
+    """mask: where the subject is in it ("L", white), instead."""
+    return widened((mask_of if mask else draw)(SUBJECT, scene, seed, size=min(size)), size)
+
+
+def widened(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Portrait and landscape photos have more of the scene above and below, or on both sides of a square."""
     width, height = size
     inner = min(size)
-    picture = draw(SUBJECT, scene, seed, size=inner)
     if width == height:
         return picture
-    photo = Image.new("RGB", size)
+    photo = Image.new(picture.mode, size)
     left, top = (width - inner) // 2, (height - inner) // 2
     photo.paste(picture, (left, top))
     if left:  # repeat the outermost columns

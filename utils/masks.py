@@ -1,4 +1,4 @@
-"""Subject masks: where a photo counts. NAME.mask.png beside NAME.jpg, a folder of masks, or the photo's own alpha.
+"""Subject masks: where a photo counts. NAME.mask.png beside NAME.jpg, a folder of masks, the photo's own alpha, or SAM.
 
 White is learned, black is not, grey in between. A mask is upright and as large as its photo as a person sees it, so
 that every turn, resize, crop and flip of the photo means the same for both.
@@ -39,6 +39,8 @@ def open_grey(source, alpha: bool = False):
 
 def files(photos: Sequence[Path], folder: str | os.PathLike, masks_dir: str | None = None) -> list[Path | None]:
     """The mask of each photo: NAME.mask.png beside it; in `masks_dir`, NAME.png or NAME.mask.png at the same place."""
+    if any(map(callable, photos)):  # rows of a data set, which lie in no folder
+        return [None] * len(photos)
     found: list[Path | None] = []
     listed: dict[Path, dict[str, Path]] = {}
     for photo in map(Path, photos):
@@ -93,7 +95,7 @@ def attach(
 ) -> list:
     """Examples whose mask is known; a photo without one counts as a whole."""
     sources = [example.source for example in examples]
-    found = _alphas(examples) if alpha else [path and _file(path) for path in files(sources, folder, masks_dir)]
+    found = _alphas(examples) if alpha else [path and from_file(path) for path in files(sources, folder, masks_dir)]
     if needed and not any(found):
         errors.refuse(NONE, errors.DATA)
     return [dataclasses.replace(example, mask=mask) for example, mask in zip(examples, found)]
@@ -103,18 +105,18 @@ def without(examples: Sequence) -> list:
     return [dataclasses.replace(example, mask=None) for example in examples]
 
 
-def of_classes(examples: Sequence) -> list:
-    """Class images with the masks beside them; one of them at least must have one."""
+def of_classes(examples: Sequence, sam_model_name_or_path: str | None = None) -> list:
+    """Class images with the masks beside them; without SAM, one of them at least must have one."""
     paths = [Path(example.source) for example in examples]
     complaints, count = check(images.inspect(paths), files(paths, ""))
-    if paths and not (count or complaints):
+    if paths and not (count or complaints or sam_model_name_or_path):
         complaints = ["--mask_prior: no class image has a mask; put NAME.mask.png beside NAME.png, or leave it out"]
     if complaints:
         errors.refuse(complaints, errors.DATA)
     return attach(examples, needed=False)
 
 
-def _file(path: Path) -> Mask:
+def from_file(path: Path) -> Mask:
     return Mask(path, key="mask-" + hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest())
 
 
@@ -135,6 +137,6 @@ def _black(source) -> str:
 
 
 NONE = (
-    "--masked_loss: no photo has a mask; put NAME.mask.png beside NAME.jpg, name a folder with --masks_dir, or take the"
-    " photos' transparency with --alpha_mask"
+    "--masked_loss: no photo has a mask; put NAME.mask.png beside NAME.jpg, name a folder with --masks_dir, take the"
+    " photos' transparency with --alpha_mask, or let --sam_model_name_or_path make them"
 )

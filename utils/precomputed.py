@@ -66,26 +66,26 @@ def identity(
 
 def encoders(family) -> dict[str, str]:
     """By the content of their files, since the same folder may have another name on another machine."""
-    text = [_files(family.path, name, family.revision, family.variant) for name in family.encoders]
+    text = [fingerprint(family.path, name, family.revision, family.variant) for name in family.encoders]
     source, revision = family.tokenizer_source or family.path, None if family.tokenizer_source else family.revision
-    text += [_files(source, name, revision, None) for name in family.tokenizers]
+    text += [fingerprint(source, name, revision, None) for name in family.tokenizers]
     text += [f"{family.clip_skip} layers left out"] if family.clip_skip else []
     own = (
         (family.vae_source, "vae", None, None)
         if family.vae_source
         else (family.path, "vae", family.revision, family.variant)
     )
-    vae = _files(*own) + (" tiled" if family.vae_tiling else "")
+    vae = fingerprint(*own) + (" tiled" if family.vae_tiling else "")
     return {"vae": vae, "text_encoders": digest(*text)}
 
 
 def networks(family) -> dict[str, str]:
     """And the UNet, for what is computed with all of them."""
-    return encoders(family) | {"unet": _files(family.path, "unet", family.revision, family.variant)}
+    return encoders(family) | {"unet": fingerprint(family.path, "unet", family.revision, family.variant)}
 
 
 @functools.cache
-def _files(source: str, part: str, revision: str | None, variant: str | None) -> str:
+def fingerprint(source: str, part: str, revision: str | None, variant: str | None) -> str:
     folder = Path(source)
     if not folder.is_dir():  # a model of the hub, which was loaded a moment ago
         folder = _snapshot(source, revision)

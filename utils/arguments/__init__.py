@@ -193,6 +193,12 @@ def add_masks(parser: argparse.ArgumentParser) -> None:
     add("masked_loss", flag, False, "weigh the loss by masks, divided by their area; NAME.mask.png beside NAME.jpg")
     add("masks_dir", folder, None, "folder of masks with the photos' names, instead; turns --masked_loss on")
     add("alpha_mask", flag, False, "the photos' transparency is their mask, instead; turns --masked_loss on")
+    help = "SAM folder, hub name (e.g. facebook/sam-vit-huge) or toybox-sam: makes the masks that photos lack; turns"
+    add("sam_model_name_or_path", folder, None, f"{help} --masked_loss on")
+    unset = "0.05 0.05 0.95 0.95, or --sam_point"
+    help = "what it masks in every photo: left, top, right, bottom as shares of width and height"
+    add("sam_box", number(0), None, help, many=True, unset=unset)
+    add("sam_point", number(0), None, "the same by a point on it: x, y; also beside a box", many=True)
     add("unmasked_weight", number(0, below=1), 0.0, "weight of what is black in a mask")
 
 
@@ -215,9 +221,8 @@ def add_pdm(parser: argparse.ArgumentParser, pdm_loss_weight: float = 0.1) -> No
     add("save_pdm_fs", flag, False, help)
     add("mask_dm", flag, False, "the photos' loss is weighed by their masks, like --masked_loss elsewhere")
     add("mask_pdm", flag, False, "the loss of the queries is")
-    add("mask_prior", flag, False, "the class images' loss is, by NAME.mask.png beside NAME.png")
+    add("mask_prior", flag, False, "the class images' loss is, by NAME.mask.png beside NAME.png or SAM")
     add("save_pdm_masks", flag, False, "write the masks, cropped as they are used, to pdm_masks/ of the output")
-    add("sam_model_name_or_path", folder, None, "masks by a model (not yet)")
     add = group(parser, "Also of PDMBooth")
     add("test_prompts", prompt, None, "prompt to draw when training ends; repeat it for more", append=True)
     add("num_test_imgs_per_prompt", whole(1), 4, "images of each")

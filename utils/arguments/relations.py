@@ -41,6 +41,8 @@ NEEDS = {
     "shuffle_buffer": "streaming",
     "ema_decay": "use_ema",
     "unmasked_weight": "masked_loss",
+    "sam_box": "sam_model_name_or_path",
+    "sam_point": "sam_model_name_or_path",
     "ema_power": "use_ema",
     "ema_interval": "use_ema",
     "offload_ema": "use_ema",
@@ -178,14 +180,11 @@ def _pdm(args, has, given: dict, misread: set[str], found: Findings) -> None:
             found.complaints.append(
                 "--use_pdm_loss with --resolution_buckets: its targets are of square crops; leave one of them out"
             )
-    if args.sam_model_name_or_path:
-        found.complaints.append(
-            "--sam_model_name_or_path: masks by SAM: not yet; put NAME.mask.png beside NAME.jpg, or use --masks_dir"
-        )
     if args.mask_prior and not args.with_prior_preservation:
         found.complaints.append("--mask_prior needs --use_prior_loss: there are no class images")
     # Masks are read for whichever loss wants them; asked for without saying which, they are the photos'.
-    if (args.masked_loss or has("masks_dir") or has("alpha_mask")) and not args.mask_pdm:
+    sam = has("sam_model_name_or_path") and not args.mask_prior
+    if (args.masked_loss or has("masks_dir") or has("alpha_mask") or sam) and not args.mask_pdm:
         args.mask_dm = True
     args.masked_loss = args.mask_dm or (args.mask_pdm and args.use_pdm_loss)
 
@@ -193,11 +192,24 @@ def _pdm(args, has, given: dict, misread: set[str], found: Findings) -> None:
 def _masks(args, has, found: Findings) -> None:
     if has("masks_dir") and has("alpha_mask"):
         found.complaints.append("--masks_dir with --alpha_mask: a photo has one mask; leave one of them out")
-    if has("masks_dir") or has("alpha_mask"):
+    sources = [name for name in ("masks_dir", "alpha_mask", "sam_model_name_or_path") if has(name)]
+    if sources and "mask_dm" not in args:  # else `_pdm` has settled which losses want them
         args.masked_loss = True
-    if has("masked_loss") and has("dataset_name") and not has("alpha_mask"):
+    if has("masked_loss") and has("dataset_name") and not has("alpha_mask") and not has("sam_model_name_or_path"):
         found.complaints.append(
-            "--masked_loss with --dataset_name: no mask files there; --alpha_mask takes the pictures' transparency"
+            "--masked_loss with --dataset_name: no mask files there; --alpha_mask takes the pictures' transparency,"
+            " --sam_model_name_or_path makes masks"
+        )
+    box, point = has("sam_box") or (), has("sam_point") or ()
+    if box and not (len(box) == 4 and box[0] < box[2] <= 1 and box[1] < box[3] <= 1):
+        found.complaints.append(
+            f"--sam_box {' '.join(map(str, box))}: left, top, right and bottom are needed, as shares of width and"
+            " height from 0 to 1, e.g. 0.1 0.2 0.9 1"
+        )
+    if point and not (len(point) == 2 and max(point) <= 1):
+        found.complaints.append(
+            f"--sam_point {' '.join(map(str, point))}: x and y are needed, as shares of width and height from 0 to 1,"
+            " e.g. 0.5 0.6"
         )
 
 

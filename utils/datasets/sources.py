@@ -48,6 +48,7 @@ def photos(
     masked_loss: bool = False,
     masks_dir: str | None = None,  # instead of NAME.mask.png beside the photos
     alpha_mask: bool = False,  # instead of files
+    sam_model_name_or_path: str | None = None,  # makes those that are missing, see sam.attach
 ) -> list[Example]:
     """The photos of what is taught, each knowing its concept: what the options of a DreamBooth script name."""
     how = {"caption_column": caption_column, "on_bad_image": on_bad_image}
@@ -62,7 +63,8 @@ def photos(
         else:
             own = folder(where, prompt, **how)
         if masked_loss:
-            own = masks.attach(own, where, masks_dir, alpha_mask, needed=len(concepts) == 1)
+            needed = len(concepts) == 1 and not sam_model_name_or_path
+            own = masks.attach(own, where, masks_dir, alpha_mask, needed)
         found += [dataclasses.replace(example, concept=number, repeats=concept.repeats) for example in own]
     return found
 
@@ -89,6 +91,7 @@ def captioned(
     masked_loss: bool = False,
     masks_dir: str | None = None,
     alpha_mask: bool = False,
+    sam_model_name_or_path: str | None = None,
     streaming: bool = False,
     *,
     seed: int,
@@ -113,7 +116,9 @@ def captioned(
     if max_train_samples and max_train_samples < len(found):
         chosen = randomness.rng(seed, "samples").sample(range(len(found)), max_train_samples)
         found = [found[place] for place in sorted(chosen)]
-    return masks.attach(found, train_data_dir, masks_dir, alpha_mask) if masked_loss else found
+    if masked_loss:
+        found = masks.attach(found, train_data_dir, masks_dir, alpha_mask, needed=not sam_model_name_or_path)
+    return found
 
 
 def folder(

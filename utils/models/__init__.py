@@ -18,7 +18,8 @@ from utils import errors
 os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-EMBEDDED = {"toybox": "toybox/sd", "toybox-sdxl": "toybox/sdxl"}  # the models this repository carries
+# The models this repository carries.
+EMBEDDED = {"toybox": "toybox/sd", "toybox-sdxl": "toybox/sdxl", "toybox-sam": "toybox/sam"}
 
 # "_class_name" in model_index.json -> (file in this folder, class). Further image-to-image pipelines of a family
 # share its networks, so a folder saved from one of them is as good a base model.
@@ -35,8 +36,8 @@ LATER["AltDiffusionPipeline"] = "not yet: its text encoder is of another kind, a
 
 
 def resolve(name: str) -> str:
-    """The embedded models by their short names, unless the working folder holds a pipeline of that name."""
-    if name in EMBEDDED and not Path(name, "model_index.json").is_file():
+    """The embedded models by their short names, unless the working folder holds a model of that name."""
+    if name in EMBEDDED and not any(Path(name, mark).is_file() for mark in ("model_index.json", "config.json")):
         return str(ROOT / EMBEDDED[name])
     return name
 

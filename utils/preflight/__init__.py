@@ -21,7 +21,7 @@ FINISHED = ("model_index.json", "pytorch_lora_weights.safetensors")  # written l
 RESULTS = ("metrics.jsonl", "unet", *FINISHED)
 # What --overwrite_output_dir removes beside them.
 RUN_FILES = (*RESULTS, "training_config.yaml", "report.html", "samples", "README.md", "preview", "data_preview.png")
-RUN_FILES += ("test_samples", "pdm_features", "pdm_masks")
+RUN_FILES += ("test_samples", "pdm_features", "pdm_masks", "sam_masks")
 RUN_FILES += (
     "pytorch_lora_weights_kohya.safetensors",
     "learned_embeddings.safetensors",
@@ -55,6 +55,7 @@ def check(args: argparse.Namespace) -> list[Path]:
     _separate(args, problems)
     model, problem = model_folder.find(args)
     problems.options += [*([problem] if problem else plan.unknown_layers(args, model)), *model_folder.elsewhere(args)]
+    problems.options += model_folder.sam(args)
     problems.options += model_folder.objective(args, model)
     problems.options += plan.unknown_queries(args, model)
     # A branch moves; what a run records must name for ever what it was trained on.
@@ -187,7 +188,7 @@ def _separate(args, problems: Problems) -> None:
         problems.options.append("--output_dir is the base model's folder and would overwrite it; name another folder")
     read = ("masks_dir", "dataset_name", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path")
     named = [(one.named(name), getattr(one, name)) for one in args.concepts for name in concepts.PATHS]
-    read += ("tokenizer_name", "precomputed_dir", "train_data_dir", "features_data_dir")
+    read += ("tokenizer_name", "precomputed_dir", "train_data_dir", "features_data_dir", "sam_model_name_or_path")
     named += [(f"--{name}", getattr(args, name, None)) for name in read]
     for name, path in named if args.overwrite_output_dir else ():
         path = Path(path or output.parent).resolve()

@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from utils import models, scores
+from utils import models
 from utils.arguments import relations
 from utils.preflight import plan, remote
 
@@ -67,7 +67,7 @@ def elsewhere(args: argparse.Namespace) -> list[str]:
             continue
         if folder.exists():
             complaints.append(f"--{option} {name} holds no {part} ({' or '.join(marks)}, there or in {part}/)")
-        elif not _may_be_on_the_hub(name):
+        elif not remote.REPOSITORY.fullmatch(name) or name.startswith("."):
             complaints.append(f"--{option} {name} does not exist here, and is no hub name of the form owner/model")
     return complaints
 
@@ -76,20 +76,45 @@ def judges(args: argparse.Namespace) -> list[str]:
     """Complaints about networks that --scores asks for by name."""
     complaints = []
     for kind in [kind for kind in ("clip", "dino") if kind in args.scores]:
-        name = getattr(args, f"{kind}_model_name_or_path")
-        asked = f"--{kind}_model_name_or_path {name}, for --scores {kind},"
-        if Path(name).exists():
-            if not Path(name, "config.json").is_file():
-                complaints.append(f"{asked} holds no config.json, so it is no model; name its folder")
-        elif not _may_be_on_the_hub(name):
-            complaints.append(f"{asked} does not exist here, and is no hub name of the form owner/model")
-        elif not scores.is_here(name) and (remote.offline() or not remote.reachable()):
-            complaints.append(f"{asked} is not here, and the hub cannot be reached; fetch it, or leave {kind} out")
+        name, problem = getattr(args, f"{kind}_model_name_or_path"), None
+        if not Path(name).exists():
+            problem = _from_hub(name, None, "config.json", "model of transformers")[1]
+        elif not Path(name, "config.json").is_file():
+            problem = "holds no config.json, so it is no model of transformers"
+        if problem:
+            complaints.append(f"--{kind}_model_name_or_path {name}, for --scores {kind}, {problem}")
     return complaints
 
 
-def _may_be_on_the_hub(name: str) -> bool:
-    return bool(remote.REPOSITORY.fullmatch(name)) and not name.startswith(".")
+def sam(args: argparse.Namespace) -> list[str]:
+    """Complaints about the model that makes masks."""
+    name = args.sam_model_name_or_path
+    if not name:
+        return []
+    folder = Path(models.resolve(name)).expanduser()
+    if folder.is_file():
+        problem = "is a single file; a folder or hub name in the format of transformers is needed"
+    elif folder.is_dir():
+        problem = _no_sam(folder, args.allow_pickle)
+    else:
+        folder, problem = _from_hub(name, None, "config.json", "model of transformers")
+        problem = problem or _no_sam(folder, args.allow_pickle, whole=remote.offline())
+    return [f"--sam_model_name_or_path {name} {problem}"] if problem else []
+
+
+def _no_sam(folder: Path, allow_pickle: bool, whole: bool = True) -> str | None:
+    """What a folder lacks of a SAM; not `whole`: only its configuration was fetched yet."""
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return "has no config.json that can be read, so it is no model of transformers"
+    if kind != "sam":
+        return f"is a model of type {kind}: masks are made by sam, e.g. facebook/sam-vit-base"
+    if not whole:
+        return None
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        return "lacks preprocessor_config.json: the copy is incomplete, download or save it again"
+    return _no_weights(folder, None, allow_pickle)
 
 
 def objective(args: argparse.Namespace, folder: Path | None) -> list[str]:
@@ -145,21 +170,23 @@ def _no_weights(network: Path, variant: str | None, allow_pickle: bool = False) 
     return f"has no weights in {network.name}/: the copy is incomplete, download or save it again"
 
 
-def _from_hub(name: str, revision: str | None) -> tuple[Path | None, str | None]:
+def _from_hub(
+    name: str, revision: str | None, file: str = "model_index.json", kind: str = "diffusers pipeline"
+) -> tuple[Path | None, str | None]:
     """(snapshot folder in the cache, None) or (None, what is wrong with the name)."""
-    if not _may_be_on_the_hub(name):
+    if not remote.REPOSITORY.fullmatch(name) or name.startswith("."):
         return None, "does not exist here, and is no hub name of the form owner/model"
     from huggingface_hub import errors as hub_errors
     from huggingface_hub import hf_hub_download
 
     unknown = "is no folder here, not in the cache, and the hub cannot be reached; download it or name a folder"
     try:  # a cached model needs no network
-        return Path(hf_hub_download(name, "model_index.json", revision=revision, local_files_only=True)).parent, None
+        return Path(hf_hub_download(name, file, revision=revision, local_files_only=True)).parent, None
     except (hub_errors.LocalEntryNotFoundError, hub_errors.HFValidationError):
         if remote.offline() or not remote.reachable():
             return None, unknown
     try:
-        return Path(hf_hub_download(name, "model_index.json", revision=revision)).parent, None
+        return Path(hf_hub_download(name, file, revision=revision)).parent, None
     except hub_errors.GatedRepoError:
         return None, f"is gated: accept its terms on https://huggingface.co/{name}, then log in with: hf auth login"
     except hub_errors.RevisionNotFoundError:
@@ -169,7 +196,7 @@ def _from_hub(name: str, revision: str | None) -> tuple[Path | None, str | None]
     except hub_errors.LocalEntryNotFoundError:  # before its parent, EntryNotFoundError
         return None, unknown
     except hub_errors.EntryNotFoundError:
-        return None, "is on the hub but has no model_index.json, so it is no diffusers pipeline"
+        return None, f"is on the hub but has no {file}, so it is no {kind}"
     except Exception as problem:  # no network in one of its many shapes
         reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         return None, f"is no folder here and could not be asked for on the hub: {reason}"

@@ -43,9 +43,10 @@ def look(args: argparse.Namespace, problems) -> list[Found]:
             one.drawn, bad = _folder(args, concept, "class_data_dir", problems)
             one.bad += bad
     photos = sum(len(one.photos or ()) for one in found)
-    if args.masked_loss and photos and not with_mask:
+    missed = args.masked_loss and not args.sam_model_name_or_path  # which makes those that are not there
+    if missed and photos and not with_mask:
         problems.data.append(masks.NONE)
-    elif args.masked_loss and with_mask < photos:
+    elif missed and with_mask < photos:
         warn(f"{photos - with_mask} of {photos} photos have no mask and count as a whole")
     return found
 

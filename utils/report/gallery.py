@@ -72,9 +72,12 @@ def sample_files(folder: Path, kind: str = "samples") -> dict[int, dict[tuple[in
 def preview(dataset, output_dir) -> None:
     """Save the first records of a dataset as the network will see them, for the report.
 
-    Records are a pure function of their position, so looking at them changes nothing. Main process only.
+    Records are a pure function of their position, so looking at them changes nothing. What a mask leaves out is red.
+    Main process only.
     """
     from PIL import Image
+
+    from utils import sheets
 
     dataset = copy.copy(dataset)
     dataset.latents = None  # a dataset whose latents are cached shows pixels no more; this copy does
@@ -93,7 +96,10 @@ def preview(dataset, output_dir) -> None:
             want[kind] -= 1
             pixels = ((record["pixels"] + 1) * 127.5).round().clip(0, 255).byte()  # (3, h, w) in [-1, 1]
             name = f"{'class' if kind else 'instance'}-{len(listed):02d}.png"
-            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / name)
+            picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            if "mask" in record:
+                picture = sheets.veiled(picture, Image.fromarray(record["mask"][0].numpy()))
+            picture.save(folder / name)
             listed.append({"file": name, "is_class": kind, "caption": record["captions"]})
         if not any(want.values()):
             break
@@ -101,13 +107,18 @@ def preview(dataset, output_dir) -> None:
     write_whole(folder / "preview.json", json.dumps(told, ensure_ascii=False, indent=1).encode())
 
 
-def contact_sheet(dataset, output_dir, count_tokens=None, limit: int = 0) -> None:
+def contact_sheet(dataset, output_dir, count_tokens=None, limit: int = 0, photos=None) -> None:
     """data_preview.png: the first photos with their crop, caption and tokens, to find mistakes before they are learned.
 
     What a mask leaves out is red. Main process only.
     count_tokens: a caption => its tokens, of which the model reads `limit`.
+    photos: the dataset's own, with masks that it does not know of.
     """
     from utils import images, sheets
+
+    if photos:
+        dataset = copy.copy(dataset)
+        dataset.instance = photos
 
     cells, notes, marked = [], [], []
     for example, caption, picture, corner, shape, mask in dataset.first_views(MOST_ON_SHEET):
