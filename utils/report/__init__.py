@@ -210,24 +210,20 @@ def _charts(rows: list[dict]) -> list[dict]:
         name for name in every if re.match(r"(lr|learning_rate)\b", name.replace("_", " ")) or name.endswith("_lr")
     ]
     titles = {"grad_norm": "Gradient norm", "seconds": "Seconds a step"}
+    every = [name for name in every if not name.startswith("test_")]  # told once, in a table
     judged = scores.meanings(every)
     groups = [("Loss", ["loss"]), ("Learning rate", rates[:3])]
-    groups += [(text, [name for name in judged if judged[name] == text]) for text in dict.fromkeys(judged.values())]
+    for text in dict.fromkeys(judged.values()):
+        groups.append((text.capitalize(), [name for name in judged if judged[name] == text]))
     known = {"skipped", "spike", *(name for _, names in groups for name in names), *rates}
-    groups += [
-        (titles.get(name, name.replace("_", " ").capitalize()), [name])
-        for name in every
-        if name not in known and not name.startswith("test_")  # told once, in a table
-    ]
+    groups += [(titles.get(name, name.replace("_", " ").capitalize()), [name]) for name in every if name not in known]
     charts = []
     for title, names in groups:
         lines, lost = [], 0
         for name, stroke in zip(names, STROKES):
             steps, values, gone = curves.series(rows, name)
             lost += gone
-            if (
-                title == "Learning rate" or name.startswith("validation") or name in judged
-            ):  # nothing in them jumps by chance
+            if title == "Learning rate" or name.startswith("validation") or name in judged:  # no chance in these
                 lines.append((name, steps, values, stroke))
             else:
                 window = curves.window_for(len(values))
