@@ -1,6 +1,7 @@
 """Draws the photos of the toybox's subject: one dog, five times, in five kinds of file.
 
     python -m toybox.make_subject --output toybox/subject
+    python -m toybox.make_subject --all runs/toybox_subjects    # and five others, each in a folder of its name
 
 The dog is orange with blue ears, saddle and socks; training shows no animal in these two colours. The
 photos differ in size, shape and format, and one is turned by its EXIF tag, as photos of a camera are.
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from toybox.draw import SUBJECT, draw, mask_of
+from toybox.draw import SUBJECT, Individual, draw, mask_of
 
 # file, scene, seed, size: sizes other than squares are cut from a larger drawing
 PHOTOS = (
@@ -23,9 +24,20 @@ PHOTOS = (
 )
 
 
-def take_photo(scene: str, seed: int, size: tuple[int, int], mask: bool = False) -> Image.Image:
+# What methods are compared on; of the others it is only likely that training never showed them.
+SUBJECTS = {
+    "dog": SUBJECT,
+    "dog2": Individual("dog", "green", "plain", "purple", "pointed", "short", ("muzzle", "socks", "tip"), "yellow"),
+    "cat": Individual("cat", "purple", "plain", "yellow", "pointed", "curly", ("patch", "ears")),
+    "mug": Individual("mug", "pink", "striped", "blue"),
+    "car": Individual("car", "gray", "spotted", "red"),
+    "boat": Individual("boat", "green", "striped", "orange"),
+}
+
+
+def take_photo(scene: str, seed: int, size: tuple[int, int], mask: bool = False, who: Individual = SUBJECT):
     """mask: where the subject is in it ("L", white), instead."""
-    return widened((mask_of if mask else draw)(SUBJECT, scene, seed, size=min(size)), size)
+    return widened((mask_of if mask else draw)(who, scene, seed, size=min(size)), size)
 
 
 def widened(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -59,13 +71,21 @@ def save_photo(photo: Image.Image, path: Path) -> None:
         photo.save(path, optimize=True)
 
 
+def save_photos(folder: Path, who: Individual = SUBJECT) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, scene, seed, size in PHOTOS:
+        save_photo(take_photo(scene, seed, size, who=who), folder / name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("toybox/subject"))
-    folder = parser.parse_args().output
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, scene, seed, size in PHOTOS:
-        save_photo(take_photo(scene, seed, size), folder / name)
+    parser.add_argument("--all", type=Path, metavar="FOLDER", help="all subjects instead, each in a folder of its own")
+    args = parser.parse_args()
+    for name, who in SUBJECTS.items() if args.all else ():
+        save_photos(args.all / name, who)
+    if not args.all:
+        save_photos(args.output)
 
 
 if __name__ == "__main__":

@@ -287,19 +287,13 @@ def _network(cls, source: str, option: str, allow_pickle: bool):
         errors.refuse(f"--{option}_model_name_or_path {source} cannot be loaded: {reason}")
 
 
-def wanted(
-    scores: Sequence[str],
-    pretrained_model_name_or_path: str,
-    clip_model_name_or_path: str,
-    dino_model_name_or_path: str,
-) -> list[str]:
+def wanted(names: Sequence[str], base: str, clip: str, dino: str) -> list[str]:
     """Which judges `auto` means: the toybox has its own; of the others those that nothing need be fetched for."""
-    if "auto" not in scores:
-        return [name for name in scores if name != "none"]
-    if pretrained_model_name_or_path in TOYBOX:
+    if "auto" not in names:
+        return [name for name in names if name != "none"]
+    if base in TOYBOX:
         return ["judge"]
-    here = {"clip": clip_model_name_or_path, "dino": dino_model_name_or_path}
-    return [name for name, source in here.items() if is_here(source)]
+    return [name for name, source in (("clip", clip), ("dino", dino)) if is_here(source)]
 
 
 def is_here(source: str) -> bool:
@@ -335,13 +329,24 @@ def create(
     """What the options of a script ask for; the main process measures it."""
     if not (run.is_main and (validation_prompt or test_prompts)):
         return Scores({})
-    named = wanted(scores, pretrained_model_name_or_path, clip_model_name_or_path, dino_model_name_or_path)
-    makers = {
-        "clip": lambda: Clip(clip_model_name_or_path, run.device, allow_pickle),
-        "dino": lambda: Dino(dino_model_name_or_path, run.device, allow_pickle),
-        "lpips": lambda: Lpips(run.device),
-        "judge": lambda: Toybox(run.device),
-    }
     tokens = token_abstraction if train_text_encoder_ti else ()
-    judges = {name: makers[name]().ready() for name in named}
-    return Scores(judges, subjects(concepts, examples, identifier, tokens))
+    found = judges(
+        scores,
+        run.device,
+        pretrained_model_name_or_path,
+        clip_model_name_or_path,
+        dino_model_name_or_path,
+        allow_pickle,
+    )
+    return Scores(found, subjects(concepts, examples, identifier, tokens))
+
+
+def judges(names: Sequence[str], device, base: str, clip: str, dino: str, allow_pickle: bool = False) -> dict:
+    """The networks of --scores, loaded."""
+    makers = {
+        "clip": lambda: Clip(clip, device, allow_pickle),
+        "dino": lambda: Dino(dino, device, allow_pickle),
+        "lpips": lambda: Lpips(device),
+        "judge": lambda: Toybox(device),
+    }
+    return {name: makers[name]().ready() for name in wanted(names, base, clip, dino)}

@@ -1,0 +1,414 @@
+"""Methods against each other over many subjects: trains, draws, scores, and makes one table of it.
+
+    python benchmarks/dreambench.py benchmarks/dreambench_toybox.yaml --output_dir runs/dreambench
+    python benchmarks/dreambench.py benchmarks/dreambench.yaml --output_dir /shared/bench --gpus 0 1 2 3
+    python benchmarks/dreambench.py ... --num_shards 90 --shard_index "$SLURM_ARRAY_TASK_ID"    # any scheduler's array
+
+A run is one subject, method and seed. The same command again does what is missing: a finished run is skipped, one that
+was interrupted goes on from its newest checkpoint. The YAML file (see dreambench_toybox.yaml) names subjects, prompts
+and methods; a method is a command of this repository without what every run is given.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import importlib
+import json
+import math
+import os
+import queue
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from utils import errors, images, scores  # noqa: E402
+from utils.preflight import FINISHED  # noqa: E402
+from utils.runtime.startup import FolderLock  # noqa: E402
+
+KEYS = {
+    "model": (str, None),
+    "photos": (str, None),  # a folder with one of photos for each subject
+    "subjects": (list, None),  # {name, class, kind}
+    "prompts": (dict, None),  # kind of subject => prompts
+    "methods": (dict, None),  # name => script and options
+    "identifier": (str, "sks"),
+    "instance_prompt": (str, "a photo of {identifier} {class}"),
+    "class_prompt": (str, "a photo of a {class}"),
+    "class_images": (str, ""),  # folder for a method's {class_images}; by default the run's own
+    "seeds": (list, [0]),
+    "images": (int, 4),  # of each prompt
+    "draw": (str, ""),  # more options for infer.py
+    "scores": (list, ["auto"]),
+    "clip_model_name_or_path": (str, "openai/clip-vit-base-patch32"),
+    "dino_model_name_or_path": (str, "facebook/dino-vits16"),
+}
+DONE, TRAINED = "result.json", "train"
+
+
+@dataclass(frozen=True)
+class Run:
+    subject: str
+    method: str
+    seed: int
+    folder: Path
+    train: list[str]  # a script and its options
+    draw: list[str]
+    asked: dict  # what a finished run must have been asked for to count
+
+    @property
+    def name(self) -> str:
+        return f"{self.subject} / {self.method} / {self.seed}"
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", type=Path, help="YAML file of subjects, prompts and methods")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--gpus", nargs="+", default=[], help="numbers of GPUs that share the runs, one run each")
+    parser.add_argument("--workers", type=int, default=1, help="runs at once where no --gpus are named")
+    parser.add_argument("--num_shards", type=int, default=1, help="how many of these commands share the runs")
+    parser.add_argument("--shard_index", type=int, default=0, help="which of them this is, from 0")
+    parser.add_argument("--methods", nargs="+", default=[], help="only these")
+    parser.add_argument("--subjects", nargs="+", default=[], help="only these")
+    parser.add_argument("--table", action="store_true", help="only make the table of what is finished")
+    args = parser.parse_args(argv)
+    if not 0 <= args.shard_index < args.num_shards:
+        parser.error(f"--shard_index {args.shard_index} of --num_shards {args.num_shards}: it counts from 0")
+    return args
+
+
+# Settings
+
+
+def read(file: Path) -> dict:
+    """The settings with their defaults; every complaint about them at once."""
+    import yaml
+
+    try:
+        told = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as problem:
+        errors.refuse(f"{file} cannot be read: {problem}")
+    if not isinstance(told, dict):
+        errors.refuse(f"{file} must hold the keys {', '.join(KEYS)}")
+    wrong = [f"'{key}' is no key; known are {', '.join(KEYS)}" for key in told if key not in KEYS]
+    settings = {key: told.get(key, default) for key, (_, default) in KEYS.items()}
+    for key, (kind, _) in KEYS.items():
+        if not isinstance(settings[key], kind) or (key in told and not settings[key]):
+            wrong.append(f"{key} is {settings[key]!r}: a {kind.__name__} that is not empty is needed")
+    if not wrong:
+        wrong += _subjects(settings)
+    if wrong:
+        errors.refuse([f"{file}: {complaint}" for complaint in wrong])
+    return settings
+
+
+def _subjects(settings: dict) -> list[str]:
+    wrong, names = [], set()
+    for number, subject in enumerate(settings["subjects"], start=1):
+        if not isinstance(subject, dict) or set(subject) != {"name", "class", "kind"}:
+            wrong.append(f"subject {number} must have name, class and kind, and is {subject!r}")
+            continue
+        photos = Path(settings["photos"], str(subject["name"]))
+        if subject["kind"] not in settings["prompts"]:
+            wrong.append(f"{subject['name']} is of kind {subject['kind']}, for which there are no prompts")
+        if not photos.is_dir() or not images.list_images(photos):
+            wrong.append(f"{subject['name']}: no photos in '{photos}'")
+        if subject["name"] in names:
+            wrong.append(f"{subject['name']} is named twice")
+        names.add(subject["name"])
+    return wrong
+
+
+def runs_of(settings: dict, output_dir: Path) -> list[Run]:
+    """Seeds outermost, so that a table of all subjects and methods is there early."""
+    return [
+        _run(settings, subject, method, seed, output_dir / "runs" / subject["name"] / method / str(seed))
+        for seed in settings["seeds"]
+        for subject in settings["subjects"]
+        for method in settings["methods"]
+    ]
+
+
+def _run(settings: dict, subject: dict, method: str, seed: int, folder: Path) -> Run:
+    def fill(text: str, **more) -> str:
+        words = {"identifier": settings["identifier"], "class": subject["class"], "name": subject["name"], **more}
+        for word, value in words.items():
+            text = text.replace(f"{{{word}}}", str(value))
+        return text
+
+    where = folder / TRAINED
+    own = {"seed": seed, "class_images": fill(settings["class_images"]) or folder / "class_images"}
+    script, *options = [fill(word, **own) for word in shlex.split(settings["methods"][method])]
+    train = [script, "--pretrained_model_name_or_path", settings["model"]]
+    train += ["--instance_data_dir", str(Path(settings["photos"], subject["name"])), "--seed", str(seed)]
+    train += ["--instance_prompt", fill(settings["instance_prompt"]), "--output_dir", str(where), *options]
+    # The class prompt as well: whether everything of the class has become the subject (*_pres).
+    prompts = [fill(text) for text in (*settings["prompts"][subject["kind"]], settings["class_prompt"])]
+    draw = ["infer.py", *(word for prompt in prompts for word in ("--prompt", prompt))]
+    draw += ["--num_images", str(settings["images"]), "--grid", "no", *shlex.split(settings["draw"])]
+    kept = ("model", "images", "draw", "scores", "clip_model_name_or_path", "dino_model_name_or_path")
+    asked = {key: settings[key] for key in kept} | {"method": settings["methods"][method], "seed": seed}
+    return Run(subject["name"], method, seed, folder, train, draw, asked | {"prompts": prompts})
+
+
+def check(runs: list[Run]) -> None:
+    """Every method's options once, through the script's own parser, and every finished run's."""
+    for method in dict.fromkeys(run.method for run in runs):
+        train = next(run.train for run in runs if run.method == method)
+        script = Path(train[0]).stem
+        if not script.startswith("train_") or not (ROOT / f"{script}.py").is_file():
+            errors.refuse(f"method {method}: {train[0]} is no training script of this repository")
+        importlib.import_module(script).parse_args(train[1:])
+    stale = [run.name for run in runs if (found := result(run)) and found["asked"] != run.asked]
+    if stale:
+        errors.refuse(
+            f"{len(stale)} finished runs were made with other settings, e.g. {stale[0]}: name another --output_dir, or"
+            " remove their folders"
+        )
+
+
+def result(run: Run) -> dict | None:
+    try:
+        return json.loads((run.folder / DONE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+# Work
+
+
+class Pool:
+    """Runs side by side; a signal is passed on to what trains, which saves, and ends the pool."""
+
+    def __init__(self, judges: scores.Scores, photos: dict[str, list], say=print):
+        self.judges, self.photos, self.say = judges, photos, say
+        self.children: set[subprocess.Popen] = set()
+        self.scoring, self.code = threading.Lock(), 0
+
+    def work(self, runs: list[Run], places: list[dict]) -> list[str]:
+        """places: for each run at once, what its processes find in the environment. => the runs that failed."""
+        free, failed = queue.SimpleQueue(), []
+        for place in places:
+            free.put(place)
+
+        def one(run: Run) -> None:
+            place = free.get()
+            try:
+                if not self.code and not self._do(run, os.environ | place):
+                    failed.append(run.name)
+            finally:
+                free.put(place)
+
+        with self._listening(), concurrent.futures.ThreadPoolExecutor(len(places)) as threads:
+            for done in concurrent.futures.as_completed([threads.submit(one, run) for run in runs]):
+                done.result()
+        return failed
+
+    @contextlib.contextmanager
+    def _listening(self):
+        def stop(number, frame):
+            self.code = 128 + number
+            for child in list(self.children):
+                child.send_signal(signal.SIGTERM)
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _do(self, run: Run, environment: dict) -> bool:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(run.folder)
+        if owner := lock.take():
+            self.say(f"{run.name}: left to {owner}")
+            return True
+        try:
+            if result(run):  # finished by another meanwhile
+                return True
+            trained = run.folder / TRAINED
+            if owner := _holds(trained):  # its pool was killed, it was not
+                self.say(f"{run.name}: {owner} is still training it")
+                return True
+            missing = not any((trained / name).is_file() for name in FINISHED)
+            if missing and not self._call([*run.train, "--resume_from_checkpoint", "latest"], run, environment):
+                return False
+            base = "--lora" if (trained / FINISHED[1]).is_file() else "--pretrained_model_name_or_path"
+            drawn = run.folder / "images"
+            if not self._call([*run.draw, base, str(trained), "--output_dir", str(drawn)], run, environment):
+                return False
+            with self.scoring:  # the networks that score are loaded once
+                told = self._judge(run, drawn)
+            told = {"asked": run.asked, "scores": told, **_cost(trained)}
+            _write(run.folder / DONE, json.dumps(told, indent=1))
+            self.say(f"{run.name}: {', '.join(f'{name} {value:.3f}' for name, value in told['scores'].items())}")
+            return True
+        finally:
+            lock.release()
+
+    def _call(self, words: list[str], run: Run, environment: dict) -> bool:
+        with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
+            # A process group of its own: Ctrl-C reaches it once, through the pool.
+            child = subprocess.Popen(
+                [sys.executable, str(ROOT / words[0]), *words[1:]],
+                env=environment, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+            self.children.add(child)
+            if self.code:  # it came between the last look and the start
+                child.send_signal(signal.SIGTERM)
+            code = child.wait()
+            self.children.discard(child)
+        if code and not self.code:
+            self.say(f"{run.name}: {words[0]} ended with {code}; see {log.name}")
+        return code == 0 and not self.code
+
+    def _judge(self, run: Run, drawn: Path) -> dict[str, float]:
+        from PIL import Image
+
+        from utils.report import gallery
+
+        pictures, prompts = [], []
+        for file in sorted(drawn.glob("*.png")):
+            with Image.open(file) as picture:
+                prompts.append(gallery.png_settings(picture)["prompt"])
+                pictures.append(picture.convert("RGB"))
+        identifier = frozenset(scores.words(self.photos["identifier"]))
+        subject = scores.Subject(identifier, self.photos[run.subject])
+        judges = scores.Scores(self.judges.judges, [subject])
+        return {name: round(value, 4) for name, value in judges.measure(pictures, prompts).items()}
+
+
+def _holds(folder: Path) -> str | None:
+    if not folder.is_dir():
+        return None
+    lock = FolderLock(folder)
+    owner = lock.take()
+    lock.release()
+    return owner
+
+
+def _cost(folder: Path) -> dict[str, float]:
+    """Of all sessions of a run: seconds from start to end, and the most memory."""
+    sessions = json.loads((folder / "timings.json").read_text(encoding="utf-8"))["sessions"]
+    peak = max(session.get("peak_memory_gib") or 0 for session in sessions)
+    return {"seconds": round(sum(session["seconds"] for session in sessions), 1), "peak_memory_gib": round(peak, 2)}
+
+
+def _write(file: Path, text: str) -> None:
+    from utils.report import gallery
+
+    gallery.write_whole(file, f"{text}\n".encode())
+
+
+# Table
+
+
+def table(runs: list[Run]) -> str:
+    """A row a method: mean over subjects of their means over seeds, and its 95 % interval over subjects."""
+    found = [(run, told) for run in runs if (told := result(run))]
+    names = list(dict.fromkeys(name for _, told in found for name in told["scores"]))
+    rows = []
+    for method in dict.fromkeys(run.method for run in runs):
+        own = [(run, told) for run, told in found if run.method == method]
+        if not own:
+            continue
+        columns = [[(run.subject, told["scores"][name]) for run, told in own] for name in names]
+        cost = [[(run.subject, told[name]) for run, told in own] for name in ("seconds", "peak_memory_gib")]
+        subjects = len({run.subject for run, _ in own})
+        cells = [interval(by_subject(values)) for values in columns] + [f"{_mean(values):.1f}" for values in cost[:1]]
+        rows.append([method, f"{subjects} x {len(own) / subjects:.3g}", *cells, f"{_mean(cost[1]):.2f}"])
+    import results
+
+    head = ["method", "subjects x seeds", *names, "seconds", "GiB"]
+    missing = len(runs) - len(found)
+    return results.table(head, rows) + (f"\n\n{missing} of {len(runs)} runs are missing." if missing else "")
+
+
+def by_subject(values: list[tuple[str, float]]) -> list[float]:
+    """Seeds of one subject are no independent subjects."""
+    return [
+        statistics.fmean(v for who, v in values if who == subject) for subject in dict.fromkeys(w for w, _ in values)
+    ]
+
+
+def _mean(values: list[tuple[str, float]]) -> float:
+    return statistics.fmean(value for _, value in values)
+
+
+def interval(values: list[float]) -> str:
+    """Mean ± half of the 95 % interval by Student's t."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.3f}"
+    return f"{mean:.3f} ± {student(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
+
+
+def student(freedom: int) -> float:
+    """The 97.5 % point of Student's t: tabled where the expansion (Abramowitz & Stegun 26.7.5) is not yet good."""
+    if freedom <= 4:
+        return (12.706, 4.303, 3.182, 2.776)[freedom - 1]
+    z = 1.959964
+    return (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    )
+
+
+def main(args) -> int:
+    settings = read(args.settings)
+    runs = runs_of(settings, args.output_dir.absolute())
+    for kind, wanted in (("method", args.methods), ("subject", args.subjects)):
+        known = list(dict.fromkeys(getattr(run, kind) for run in runs))
+        if unknown := [name for name in wanted if name not in known]:
+            errors.refuse(f"--{kind}s {' '.join(unknown)}: {args.settings} has {'; '.join(known)}")
+        runs = [run for run in runs if not wanted or getattr(run, kind) in wanted]
+    check(runs)
+    code = 0
+    mine = [run for run in runs[args.shard_index :: args.num_shards] if not result(run)]
+    if mine and not args.table:
+        code = work(args, settings, mine)
+    text = table(runs)
+    _write(args.output_dir / "table.md", text)
+    print(f"\n{text}\n\nwritten to {args.output_dir / 'table.md'}")
+    return code
+
+
+def work(args, settings: dict, runs: list[Run]) -> int:
+    import torch
+
+    from utils.runtime import startup
+
+    startup.quiet()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    judges = scores.judges(
+        settings["scores"],
+        device,
+        settings["model"],
+        settings["clip_model_name_or_path"],
+        settings["dino_model_name_or_path"],
+    )
+    names = [subject["name"] for subject in settings["subjects"]]
+    photos = {name: images.list_images(Path(settings["photos"], name)) for name in names}
+    pool = Pool(scores.Scores(judges), photos | {"identifier": settings["identifier"]})
+    places = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in args.gpus] or [{}] * args.workers
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    print(f"{len(runs)} runs to do, {len(places)} at once", flush=True)
+    failed = pool.work(runs, places)
+    if failed and not pool.code:
+        print(f"{len(failed)} runs failed: {', '.join(failed[:5])}", file=sys.stderr)
+    return pool.code or (errors.FAILED if failed else 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(parse_args()))
