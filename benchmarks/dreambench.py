@@ -12,12 +12,16 @@ and methods; a method is a command of this repository without what every run is 
 import argparse
 import concurrent.futures
 import contextlib
+import functools
+import hashlib
 import importlib
 import json
 import math
 import os
 import queue
+import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -43,14 +47,14 @@ KEYS = {
     "instance_prompt": (str, "a photo of {identifier} {class}"),
     "class_prompt": (str, "a photo of a {class}"),
     "class_images": (str, ""),  # folder for a method's {class_images}; by default the run's own
-    "seeds": (list, [0]),
+    "seeds": (list, [0]),  # of training
     "images": (int, 4),  # of each prompt
     "draw": (str, ""),  # more options for infer.py
-    "scores": (list, ["auto"]),
+    "scores": (list, ["clip", "dino"]),
     "clip_model_name_or_path": (str, "openai/clip-vit-base-patch32"),
     "dino_model_name_or_path": (str, "facebook/dino-vits16"),
 }
-DONE, TRAINED = "result.json", "train"
+DONE, ASKED, TRAINED = "result.json", "asked.json", "train"
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Run:
     folder: Path
     train: list[str]  # a script and its options
     draw: list[str]
-    asked: dict  # what a finished run must have been asked for to count
+    asked: dict  # what it comes from: one begun for something else is no part of this table
 
     @property
     def name(self) -> str:
@@ -80,6 +84,8 @@ def parse_args(argv=None):
     parser.add_argument("--subjects", nargs="+", default=[], help="only these")
     parser.add_argument("--table", action="store_true", help="only make the table of what is finished")
     args = parser.parse_args(argv)
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers}: at least 1")
     if not 0 <= args.shard_index < args.num_shards:
         parser.error(f"--shard_index {args.shard_index} of --num_shards {args.num_shards}: it counts from 0")
     return args
@@ -104,10 +110,36 @@ def read(file: Path) -> dict:
         if not isinstance(settings[key], kind) or (key in told and not settings[key]):
             wrong.append(f"{key} is {settings[key]!r}: a {kind.__name__} that is not empty is needed")
     if not wrong:
-        wrong += _subjects(settings)
+        wrong += _parts(settings) or _subjects(settings)
     if wrong:
         errors.refuse([f"{file}: {complaint}" for complaint in wrong])
     return settings
+
+
+def _parts(settings: dict) -> list[str]:
+    wrong = [
+        f"prompts of {kind}: a list of texts is needed"
+        for kind, prompts in settings["prompts"].items()
+        if not isinstance(prompts, list) or not prompts or not all(isinstance(one, str) and one for one in prompts)
+    ]
+    wrong += [
+        f"method {name!r} must be a script and its options under a name without /"
+        for name, command in settings["methods"].items()
+        if not _plain(name) or not isinstance(command, str) or not command.split()
+    ]
+    seeds = settings["seeds"]
+    if any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        wrong.append(f"seeds are {seeds}: different whole numbers are needed")
+    if settings["images"] < 1:
+        wrong.append(f"images is {settings['images']}: at least 1")
+    return wrong + [
+        f"scores: {one!r} is none of {', '.join(scores.NAMES)}" for one in settings["scores"] if one not in scores.NAMES
+    ]
+
+
+def _plain(name) -> bool:
+    """The name of one folder inside another."""
+    return isinstance(name, str) and Path(name).name == name and not name.startswith(".")
 
 
 def _subjects(settings: dict) -> list[str]:
@@ -116,7 +148,10 @@ def _subjects(settings: dict) -> list[str]:
         if not isinstance(subject, dict) or set(subject) != {"name", "class", "kind"}:
             wrong.append(f"subject {number} must have name, class and kind, and is {subject!r}")
             continue
-        photos = Path(settings["photos"], str(subject["name"]))
+        if not all(isinstance(value, str) and value for value in subject.values()) or not _plain(subject["name"]):
+            wrong.append(f"subject {number}: name, class and kind must be texts, the name without /: {subject!r}")
+            continue
+        photos = Path(settings["photos"], subject["name"])
         if subject["kind"] not in settings["prompts"]:
             wrong.append(f"{subject['name']} is of kind {subject['kind']}, for which there are no prompts")
         if not photos.is_dir() or not images.list_images(photos):
@@ -154,32 +189,46 @@ def _run(settings: dict, subject: dict, method: str, seed: int, folder: Path) ->
     prompts = [fill(text) for text in (*settings["prompts"][subject["kind"]], settings["class_prompt"])]
     draw = ["infer.py", *(word for prompt in prompts for word in ("--prompt", prompt))]
     draw += ["--num_images", str(settings["images"]), "--grid", "no", *shlex.split(settings["draw"])]
-    kept = ("model", "images", "draw", "scores", "clip_model_name_or_path", "dino_model_name_or_path")
-    asked = {key: settings[key] for key in kept} | {"method": settings["methods"][method], "seed": seed}
-    return Run(subject["name"], method, seed, folder, train, draw, asked | {"prompts": prompts})
+    judged = {key: settings[key] for key in ("scores", "clip_model_name_or_path", "dino_model_name_or_path")}
+    asked = {"train": train, "draw": draw, "photos": _content(settings["photos"], subject["name"]), **judged}
+    # Not where it is done: the folder may move.
+    asked = json.loads(json.dumps(asked).replace(json.dumps(str(folder))[1:-1], "."))
+    return Run(subject["name"], method, seed, folder, train, draw, asked)
+
+
+@functools.cache
+def _content(photos: str, subject: str) -> str:
+    found = hashlib.blake2b(digest_size=8)
+    for path in images.list_images(Path(photos, subject)):
+        found.update(hashlib.blake2b(path.read_bytes()).digest())
+    return found.hexdigest()
 
 
 def check(runs: list[Run]) -> None:
-    """Every method's options once, through the script's own parser, and every finished run's."""
+    """Every method's options once, through the scripts' own parsers; and that what is there is of these settings."""
     for method in dict.fromkeys(run.method for run in runs):
-        train = next(run.train for run in runs if run.method == method)
-        script = Path(train[0]).stem
-        if not script.startswith("train_") or not (ROOT / f"{script}.py").is_file():
-            errors.refuse(f"method {method}: {train[0]} is no training script of this repository")
-        importlib.import_module(script).parse_args(train[1:])
-    stale = [run.name for run in runs if (found := result(run)) and found["asked"] != run.asked]
+        run = next(run for run in runs if run.method == method)
+        if not re.fullmatch(r"train_\w+\.py", run.train[0]) or not (ROOT / run.train[0]).is_file():
+            errors.refuse(f"method {method}: {run.train[0]} is no training script of this repository")
+        importlib.import_module(Path(run.train[0]).stem).parse_args(run.train[1:])
+        importlib.import_module("infer").parse_args(run.draw[1:])
+    stale = [run for run in runs if (run.folder / ASKED).is_file() and _read(run.folder / ASKED) != run.asked]
     if stale:
         errors.refuse(
-            f"{len(stale)} finished runs were made with other settings, e.g. {stale[0]}: name another --output_dir, or"
-            " remove their folders"
+            f"{len(stale)} runs were begun with other settings or photos, e.g. {stale[0].name}: name another"
+            f" --output_dir, or remove their folders ('{stale[0].folder}')"
         )
 
 
-def result(run: Run) -> dict | None:
+def _read(file: Path) -> dict | None:
     try:
-        return json.loads((run.folder / DONE).read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def result(run: Run) -> dict | None:
+    return _read(run.folder / DONE)
 
 
 # Work
@@ -204,6 +253,9 @@ class Pool:
             try:
                 if not self.code and not self._do(run, os.environ | place):
                     failed.append(run.name)
+            except Exception as problem:  # the others go on
+                self.say(f"{run.name}: {type(problem).__name__}: {problem}")
+                failed.append(run.name)
             finally:
                 free.put(place)
 
@@ -219,7 +271,7 @@ class Pool:
             for child in list(self.children):
                 child.send_signal(signal.SIGTERM)
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             yield
         finally:
@@ -239,16 +291,18 @@ class Pool:
             if owner := _holds(trained):  # its pool was killed, it was not
                 self.say(f"{run.name}: {owner} is still training it")
                 return True
+            _write(run.folder / ASKED, json.dumps(run.asked, indent=1))
             missing = not any((trained / name).is_file() for name in FINISHED)
             if missing and not self._call([*run.train, "--resume_from_checkpoint", "latest"], run, environment):
                 return False
             base = "--lora" if (trained / FINISHED[1]).is_file() else "--pretrained_model_name_or_path"
             drawn = run.folder / "images"
+            shutil.rmtree(drawn, ignore_errors=True)  # what an earlier attempt left
             if not self._call([*run.draw, base, str(trained), "--output_dir", str(drawn)], run, environment):
                 return False
             with self.scoring:  # the networks that score are loaded once
                 told = self._judge(run, drawn)
-            told = {"asked": run.asked, "scores": told, **_cost(trained)}
+            told = {"scores": told, **_cost(trained)}
             _write(run.folder / DONE, json.dumps(told, indent=1))
             self.say(f"{run.name}: {', '.join(f'{name} {value:.3f}' for name, value in told['scores'].items())}")
             return True
@@ -282,7 +336,7 @@ class Pool:
                 prompts.append(gallery.png_settings(picture)["prompt"])
                 pictures.append(picture.convert("RGB"))
         identifier = frozenset(scores.words(self.photos["identifier"]))
-        subject = scores.Subject(identifier, self.photos[run.subject])
+        subject = scores.Subject(identifier, photos=self.photos[run.subject])
         judges = scores.Scores(self.judges.judges, [subject])
         return {name: round(value, 4) for name, value in judges.measure(pictures, prompts).items()}
 
@@ -298,7 +352,9 @@ def _holds(folder: Path) -> str | None:
 
 def _cost(folder: Path) -> dict[str, float]:
     """Of all sessions of a run: seconds from start to end, and the most memory."""
-    sessions = json.loads((folder / "timings.json").read_text(encoding="utf-8"))["sessions"]
+    sessions = (_read(folder / "timings.json") or {}).get("sessions")
+    if not sessions:  # killed between its weights and its times
+        return {}
     peak = max(session.get("peak_memory_gib") or 0 for session in sessions)
     return {"seconds": round(sum(session["seconds"] for session in sessions), 1), "peak_memory_gib": round(peak, 2)}
 
@@ -321,11 +377,12 @@ def table(runs: list[Run]) -> str:
         own = [(run, told) for run, told in found if run.method == method]
         if not own:
             continue
-        columns = [[(run.subject, told["scores"][name]) for run, told in own] for name in names]
-        cost = [[(run.subject, told[name]) for run, told in own] for name in ("seconds", "peak_memory_gib")]
+        columns = [[(run.subject, told["scores"][n]) for run, told in own if n in told["scores"]] for n in names]
         subjects = len({run.subject for run, _ in own})
-        cells = [interval(by_subject(values)) for values in columns] + [f"{_mean(values):.1f}" for values in cost[:1]]
-        rows.append([method, f"{subjects} x {len(own) / subjects:.3g}", *cells, f"{_mean(cost[1]):.2f}"])
+        cost = [[told[n] for _, told in own if n in told] for n in ("seconds", "peak_memory_gib")]
+        cells = [interval(by_subject(values)) if values else "-" for values in columns]
+        cells += [f"{statistics.fmean(values):.2f}" if values else "-" for values in cost]
+        rows.append([method, f"{subjects} x {len(own) / subjects:.3g}", *cells])
     import results
 
     head = ["method", "subjects x seeds", *names, "seconds", "GiB"]
@@ -338,10 +395,6 @@ def by_subject(values: list[tuple[str, float]]) -> list[float]:
     return [
         statistics.fmean(v for who, v in values if who == subject) for subject in dict.fromkeys(w for w, _ in values)
     ]
-
-
-def _mean(values: list[tuple[str, float]]) -> float:
-    return statistics.fmean(value for _, value in values)
 
 
 def interval(values: list[float]) -> str:
@@ -379,8 +432,11 @@ def main(args) -> int:
     if mine and not args.table:
         code = work(args, settings, mine)
     text = table(runs)
-    _write(args.output_dir / "table.md", text)
-    print(f"\n{text}\n\nwritten to {args.output_dir / 'table.md'}")
+    print(f"\n{text}")
+    if not (args.methods or args.subjects):
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        _write(args.output_dir / "table.md", text)
+        print(f"\nwritten to {args.output_dir / 'table.md'}")
     return code
 
 
@@ -390,7 +446,7 @@ def work(args, settings: dict, runs: list[Run]) -> int:
     from utils.runtime import startup
 
     startup.quiet()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = f"cuda:{args.gpus[0] if args.gpus else 0}" if torch.cuda.is_available() else "cpu"
     judges = scores.judges(
         settings["scores"],
         device,

@@ -93,7 +93,7 @@ def stamps(folder):
     return {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*/*/result.json")}
 
 
-def test_six_subjects_two_methods_and_a_kill_in_the_middle(settings, run, tmp_path):
+def test_six_subjects_two_methods_and_a_kill_in_the_middle(settings, bench, run, tmp_path):
     file, out = settings(), tmp_path / "out"
     command = [sys.executable, str(BENCHMARKS / "dreambench.py"), str(file), "--output_dir", str(out)]
     dog = out / "runs/dog/dreambooth/0/train"
@@ -113,6 +113,8 @@ def test_six_subjects_two_methods_and_a_kill_in_the_middle(settings, run, tmp_pa
         os.killpg(alive.pid, signal.SIGKILL)
         alive.wait()
     os.kill(trainer, signal.SIGKILL)
+    while bench._holds(dog):
+        time.sleep(0.05)
     assert not (dog / "pytorch_lora_weights.safetensors").is_file(), "it was too late for this test to show anything"
 
     code, calls, told = run(file)
@@ -121,6 +123,7 @@ def test_six_subjects_two_methods_and_a_kill_in_the_middle(settings, run, tmp_pa
     assert len(stamps(out)) == 12 and stamps(out).items() >= finished.items()
     first = [row["first_step"] for row in json.loads((dog / "timings.json").read_text())["sessions"]]
     assert first[-1] > 0, "the killed run went on from its checkpoint"
+    assert not list(out.glob("runs/*/*/*/images/*grid*"))
     lines = (out / "table.md").read_text().splitlines()
     assert lines[2].startswith("| dreambooth | 6 x 1 | ") and lines[3].startswith("| pdmbooth | 6 x 1 | ")
     assert lines[2].count("±") == 4
@@ -152,6 +155,7 @@ def test_shards_share_the_runs(bench, settings, tmp_path):
 def test_a_finished_run_of_other_settings_is_no_result(settings, run, tmp_path):
     only = ("--subjects", "mug", "--methods", "dreambooth")
     assert run(settings(), *only)[0] == 0
+    (tmp_path / "out/runs/mug/dreambooth/0/result.json").unlink()  # trained, and not yet drawn: no less its own
     with pytest.raises(SystemExit) as stop:
         run(settings(images=3), *only)
     assert stop.value.code == 2
@@ -174,6 +178,13 @@ def test_a_failed_run_is_named_and_the_others_go_on(settings, run, tmp_path):
         ({"subjects": [{"name": "emu", "class": "bird", "kind": "any"}]}, "emu: no photos in"),
         ({"subjects": [{"name": "dog", "class": "dog", "kind": "live"}]}, "dog is of kind live, for which"),
         ({"seeds": 3}, "seeds is 3: a list"),
+        ({"seeds": [1, 1]}, "seeds are [1, 1]"),
+        ({"images": -3}, "images is -3"),
+        ({"scores": ["auto"]}, "scores: 'auto' is none of"),
+        ({"prompts": {"any": "a text"}}, "prompts of any: a list of texts"),
+        ({"methods": {"../mine": "train_dreambooth.py"}}, "without /"),
+        ({"subjects": [{"name": "/tmp", "class": "dog", "kind": "any"}]}, "the name without /"),
+        ({"draw": "--num_inference_step 3"}, "--num_inference_step"),
         ({"methods": {"mine": "infer.py"}}, "method mine: infer.py is no training script"),
         ({"methods": {"mine": "train_dreambooth.py --learning_rat 1"}}, "--learning_rat"),
     ],

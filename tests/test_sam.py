@@ -329,7 +329,7 @@ def test_models_that_are_no_sam_are_refused_before_anything_slow(parse, tmp_path
     assert "is neither" in said("nobody/sam") or "is no folder here, not in the cache" in said("nobody/sam")
     assert "does not exist here" in said(tmp_path / "none")
     assert "has no config.json" in said(sd1)
-    assert "is a model of type clip_text_model: masks are made by sam" in said(sd1 / "text_encoder")
+    assert "is a model of type clip_text_model; needed is sam" in said(sd1 / "text_encoder")
     (tmp_path / "sam_vit_h.pth").write_bytes(b"x")
     assert "is a single file" in said(tmp_path / "sam_vit_h.pth")
     copy = shutil.copytree(TOY, tmp_path / "copy")

@@ -3,6 +3,7 @@
 import importlib
 import json
 import shlex
+import shutil
 
 import pytest
 import tiny
@@ -64,8 +65,10 @@ def test_each_score_is_its_formula():
     }
     for kind, values in pairs.items():
         assert found[f"clip_{kind}"] == pytest.approx(sum(values) / 4)
-    variety = ((1 - cosine(*DRAWN[:2])) + (1 - cosine(*DRAWN[2:]))) / 2
-    assert found["clip_d"] == pytest.approx(variety)
+    # Of the prompts about the subject alone; whoever knows no subject looks at all.
+    variety = [1 - cosine(*DRAWN[:2]), 1 - cosine(*DRAWN[2:])]
+    assert found["clip_d"] == pytest.approx(variety[0])
+    assert measured(Colours, subjects=[])["clip_d"] == pytest.approx(sum(variety) / 2)
     assert found["clip_t"] == 1  # "sks" was left out of every prompt
     # A distance: less is more alike, the pairs of a prompt as they are, and no share of a class that looks alike.
     other = measured(Distances)
@@ -93,7 +96,30 @@ def test_whom_a_prompt_is_about():
     # Without a class prompt nobody knows which word it is: then every prompt is about the subject.
     alone = scores.subjects([concepts.Concept(instance_prompt="my dog")], photos[:1])[0]
     assert alone.is_meant("anything") and scores.subjects(taught, []) == []
-    assert scores.subjects(taught[:1], photos[:1], identifier="my sks")[0].identifier == {"my", "sks"}
+    assert scores.subjects(taught[:1], photos[:1], identifier="odd sks")[0].identifier == {"sks"}
+    assert [one.identifier for one in scores.subjects(taught, photos, tokens=["SKS", "zwx"])] == [{"sks"}, {"zwx"}]
+
+
+@pytest.mark.parametrize(
+    "instance, of_class, identifier",
+    [
+        ("a photo of a sks dog", "dog", {"sks"}),
+        ("a photo of sks dog in the garden", "a photo of a dog", {"sks"}),
+        ("a photo of sks ohwx dog", "the dog", {"sks", "ohwx"}),
+        ("a dog", "a photo of a dog", set()),
+    ],
+)
+def test_articles_and_places_are_no_identifier(instance, of_class, identifier):
+    concept = concepts.Concept(instance_prompt=instance, class_prompt=of_class)
+    assert scores.subjects([concept], [Example("a.png", "")])[0].identifier == identifier
+
+
+def test_a_class_is_compared_with_its_own_subject():
+    dog = scores.Subject(frozenset({"sks"}), [plain("red")], frozenset({"dog"}))
+    mug = scores.Subject(frozenset({"zwx"}), [plain("blue")], frozenset({"mug"}))
+    judges = scores.Scores({"clip": Colours("clip")}, [dog, mug])
+    assert judges.measure([plain("red")], ["a dog"])["clip_pres"] == pytest.approx(1)
+    assert judges.measure([plain("red"), plain("red")], ["a dog", "a mug"])["clip_pres"] == pytest.approx(0.5)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +172,31 @@ def test_clip_and_dino_are_what_stock_transformers_makes_of_them(networks):
     torch.testing.assert_close(seen, F.normalize(token))
 
 
+def test_a_network_that_lacks_weights_is_refused(networks, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    shutil.copytree(networks / "clip", tmp_path / "clip")
+    file = tmp_path / "clip" / "model.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if "text_model" not in name}, file)
+    with pytest.raises(SystemExit):
+        scores.Clip(str(tmp_path / "clip")).ready()
+    assert "lacks weights, among them text_model." in capsys.readouterr().err
+
+
+def test_no_room_on_the_device_leaves_nothing_there():
+    class Large(torch.nn.Linear):
+        def to(self, device):
+            places.append(device)
+            if device != "cpu":
+                raise torch.OutOfMemoryError("out of memory")
+
+    places, judge = [], Colours("clip", device="meta")
+    judge.network = Large(1, 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        scores.Scores({"clip": judge}).measure([plain("red")], ["a dog"])
+    assert places == ["meta", "cpu"]
+
+
 def test_lpips_compares_pairs():
     """torchvision, which has its network, is no part of this installation: another distance stands in for it."""
 
@@ -176,7 +227,9 @@ def test_the_toyboxs_judge_knows_its_world():
     prompts = ["a photo of sks dog on a beach", "sks dog at night", "a dog on a beach", "a photo of a dog in the snow"]
     found = judges.measure(again + others, prompts)
     assert found["judge_i"] > 0.8 and found["judge_pres"] < 0.4
-    assert found["judge_t"] == 0.75  # the last shows a cat
+    everybody = scores.Scores({"judge": scores.Toybox()}).measure(again + others, prompts)
+    assert found["judge_t"] == 1 and everybody["judge_t"] == 0.75  # the last shows a cat
+    assert "judge_t" not in judges.measure(again, ["sks on the moon"] * 2)  # words that it does not know
 
 
 @pytest.fixture
@@ -242,7 +295,7 @@ def test_photos_that_are_gone_cost_the_scores_and_not_the_run(train, networks, p
             "--scores clip --clip_model_name_or_path nowhere/model",
             "--clip_model_name_or_path nowhere/model, for --scores",
         ),
-        ("--scores dino --dino_model_name_or_path '{}'", "holds no config.json, so it is no model of transformers"),
+        ("--scores dino --dino_model_name_or_path '{}'", "has no config.json that can be read, so it is no model"),
         ("--scores lpips", "pip install torch"),
         ("--scores none clip", "none together with others"),
         ("--scores fid", "fid"),

@@ -46,7 +46,7 @@ def attach(
     folder = _model_folder(sam_model_name_or_path, allow_pickle)
     name = precomputed.digest(FORMAT, precomputed.fingerprint(str(folder), "", None, None), how)
     paths = {key: Path(run.output_dir, FOLDER, f"{key}-{name}.png") for key in wanted}
-    missing = [key for key, path in paths.items() if not path.is_file()]
+    missing = [key for key, path in paths.items() if not _whole(path)]
     run.barrier()  # every process has looked before one of them writes
     if missing:
         run.say(f"masks of {len(missing)} pictures by SAM")
@@ -59,6 +59,14 @@ def attach(
     return [
         [dataclasses.replace(one, mask=found.get(one.key)) if lacks(one) else one for one in each] for each in lists
     ]
+
+
+def _whole(path: Path) -> bool:
+    """There and readable: a machine that lost its power may have left an empty file."""
+    try:
+        return path.is_file() and masks.from_file(path).open() is not None
+    except images.BadImage:
+        return False
 
 
 def _checked(wanted: dict, paths: dict) -> dict:

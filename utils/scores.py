@@ -21,6 +21,9 @@ NAMES = ("clip", "dino", "lpips", "judge")
 KINDS = {"i": "likeness to the photos", "t": "agreement with the prompt", "d": "variety", "pres": "class likeness"}
 TOYBOX = ("toybox", "toybox-sdxl")
 SCORE = re.compile(rf"(?:test_)?({'|'.join(NAMES)})_({'|'.join(KINDS)})")
+# Words that tell no subject from its class.
+COMMON = {"a", "an", "the", "my", "one", "of", "in", "on", "at", "with", "and", "or", "is"}
+COMMON |= {"photo", "picture", "image", "painting", "drawing"}
 AT_ONCE = 32  # pictures
 LPIPS_SIDE = 256  # pixels, at which its networks learned
 
@@ -31,9 +34,13 @@ class Subject:
 
     identifier: frozenset[str] = frozenset()  # words, lower case; empty: every prompt is about it
     photos: Sequence[Any] = field(default=(), hash=False)  # whatever images.open_rgb takes, or PIL images
+    noun: frozenset[str] = frozenset()  # what it is, where there are others
 
     def is_meant(self, prompt: str) -> bool:
         return not self.identifier or bool(self.identifier & set(words(prompt)))
+
+    def is_of_its_class(self, prompt: str) -> bool:
+        return not self.noun or bool(self.noun & set(words(prompt)))
 
 
 def meanings(names: Iterable[str]) -> dict[str, str]:
@@ -54,14 +61,23 @@ def without(prompt: str, identifier: Iterable[str]) -> str:
 
 
 def subjects(concepts: Sequence, examples: Sequence, identifier: str | None = None, tokens: Sequence[str] = ()) -> list:
-    """Each concept's photos; its identifier is what its instance prompt says beyond its class prompt."""
+    """Each concept's photos. Its identifier is what its instance prompt first says beyond its class prompt."""
     found = []
     for number, concept in enumerate(concepts):
+        photos = [one.source for one in examples if one.concept == number]
+        said, of_class = words(concept.instance_prompt or ""), set(words(concept.class_prompt or ""))
         own = set(words(identifier or "")) | set(map(str.lower, tokens))
-        if not own and concept.instance_prompt and concept.class_prompt:
-            own = set(words(concept.instance_prompt)) - set(words(concept.class_prompt))
-        found.append(Subject(frozenset(own), [one.source for one in examples if one.concept == number]))
+        own &= set(said) or own
+        if not own and of_class:
+            own = set(_first_run(said, of_class | COMMON))
+        found.append(Subject(frozenset(own), photos, frozenset(of_class - COMMON)))
     return [subject for subject in found if subject.photos]
+
+
+def _first_run(said: Sequence[str], known: set[str]) -> Iterable[str]:
+    """The first words on end that are not known."""
+    rest = itertools.dropwhile(known.__contains__, said)
+    return itertools.takewhile(lambda word: word not in known, rest)
 
 
 class Scores:
@@ -91,20 +107,25 @@ class Scores:
     def _one(self, judge, pictures, prompts, about):
         seen = judge.see([square(picture) for picture in pictures])
         alike, others = [], []
+        several = len(self.subjects) > 1
         for number, subject in enumerate(self.subjects):
             photos = self._photos(judge, number)
             shown = [i for i, meant in enumerate(about) if subject in meant]
             rest = [i for i, meant in enumerate(about) if not meant]
+            rest = [i for i in rest if not several or subject.is_of_its_class(prompts[i])]
             alike += [judge.compare(seen[shown], photos).flatten()] if shown else []
             others += [judge.compare(seen[rest], photos).flatten()] if rest else []
         yield from [("i", _mean(alike))] if alike else ()
         yield from [("pres", _mean(others))] if others and judge.cosine else ()
+        # The rest is about the subject's prompts alone, if there are any: its class is easier to draw and more varied.
+        shown = [i for i, meant in enumerate(about) if meant] or list(range(len(prompts)))
         known = {word for subject in self.subjects for word in subject.identifier}
-        obeyed = judge.obeyed(seen, pictures, [without(prompt, known) for prompt in prompts])
-        yield from [("t", float(obeyed.mean()))] if obeyed is not None else ()
+        obeyed = judge.obeyed(seen[shown], [pictures[i] for i in shown], [without(prompts[i], known) for i in shown])
+        told = obeyed[~obeyed.isnan()] if obeyed is not None else ()
+        yield from [("t", float(told.mean()))] if len(told) else ()
         spread = []
-        for prompt in dict.fromkeys(prompts):
-            own = [i for i, one in enumerate(prompts) if one == prompt]
+        for prompt in dict.fromkeys(prompts[i] for i in shown):
+            own = [i for i in shown if prompts[i] == prompt]
             pairs = list(itertools.combinations(range(len(own)), 2))
             if pairs:
                 table = judge.compare(seen[own], seen[own])
@@ -151,11 +172,19 @@ class Network:
         return self
 
     def __enter__(self):
-        self.ready().network.to(self.device)
+        try:
+            self.ready().network.to(self.device)
+        except RuntimeError:  # no room for all of it: no part of it must stay
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *problem) -> None:
+        import torch
+
         self.network.to("cpu")
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.empty_cache()
 
     def see(self, pictures: Sequence):
         """=> (n, d) unit vectors, in main memory."""
@@ -180,8 +209,8 @@ class Clip(Network):
     def load(self):
         from transformers import CLIPModel, CLIPProcessor
 
-        self.processor = CLIPProcessor.from_pretrained(self.source)
-        return _network(CLIPModel, self.source, "clip", self.allow_pickle)
+        self.processor, network = _loaded(CLIPProcessor, CLIPModel, self.source, "clip", self.allow_pickle)
+        return network
 
     def embed(self, pictures):
         told = self.processor.image_processor(pictures, return_tensors="pt").to(self.device)
@@ -207,8 +236,8 @@ class Dino(Network):
     def load(self):
         from transformers import AutoImageProcessor, AutoModel
 
-        self.processor = AutoImageProcessor.from_pretrained(self.source)
-        return _network(AutoModel, self.source, "dino", self.allow_pickle)
+        self.processor, network = _loaded(AutoImageProcessor, AutoModel, self.source, "dino", self.allow_pickle)
+        return network
 
     def embed(self, pictures):
         told = self.processor(pictures, return_tensors="pt").to(self.device)
@@ -268,23 +297,30 @@ class Toybox(Network):
         shown = {head: [self.judge.names[head][k] for k in rows.argmax(1).tolist()] for head, rows in logits.items()}
         phrases = {(head, word): word for head in ("thing", "colour", "pattern") for word in self.judge.names[head]}
         phrases |= {("scene", scene): phrase for scene, phrase in SCENES.items()}
-        right = [
-            all(shown[head][number] == word for (head, word), phrase in phrases.items() if _said(phrase, prompt))
-            for number, prompt in enumerate(prompts)
-        ]
-        return torch.tensor(right).float()
+        right = []
+        for number, prompt in enumerate(prompts):
+            asked = [shown[head][number] == word for (head, word), text in phrases.items() if _said(text, prompt)]
+            right.append(float(all(asked)) if asked else float("nan"))  # nothing in it that the judge knows
+        return torch.tensor(right)
 
 
 def _said(phrase: str, prompt: str) -> bool:
     return f" {phrase} " in f" {' '.join(words(prompt))} "
 
 
-def _network(cls, source: str, option: str, allow_pickle: bool):
+def _loaded(processors, networks, source: str, option: str, allow_pickle: bool):
+    """=> (processor, network); a network that lacks weights would judge by chance."""
+    how = {"trust_remote_code": False, "local_files_only": is_here(source)}
     try:
-        return cls.from_pretrained(source, use_safetensors=None if allow_pickle else True)
+        processor = processors.from_pretrained(source, **how)
+        how |= {"use_safetensors": None if allow_pickle else True, "output_loading_info": True}
+        network, told = networks.from_pretrained(source, **how)
     except Exception as problem:  # no such model, offline, no safetensors, of another kind
         reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         errors.refuse(f"--{option}_model_name_or_path {source} cannot be loaded: {reason}")
+    if missing := sorted(name for name in told["missing_keys"] if not name.startswith("pooler.")):  # nobody asks it
+        errors.refuse(f"--{option}_model_name_or_path {source} lacks weights, among them {', '.join(missing[:3])}")
+    return processor, network
 
 
 def wanted(names: Sequence[str], base: str, clip: str, dino: str) -> list[str]:
@@ -305,7 +341,8 @@ def is_here(source: str) -> bool:
     if os.path.isdir(source):
         return True
     try:
-        return isinstance(try_to_load_from_cache(source, "model.safetensors"), str)
+        needed = ("config.json", "preprocessor_config.json", "model.safetensors")
+        return all(isinstance(try_to_load_from_cache(source, name), str) for name in needed)
     except ValueError:  # huggingface_hub's word for a name that is none
         return False
 

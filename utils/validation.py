@@ -92,7 +92,7 @@ class Sampler:
         """Scores into metrics.jsonl and the trackers; those of other folders under names of their own."""
         from PIL import Image
 
-        if not self.judges:
+        if not self.judges or len(drawn) < len(self.prompts) * self.count:  # interrupted: not comparable
             return
         pictures = [Image.open(io.BytesIO(data)).convert("RGB") for _, _, data in drawn]
         try:

@@ -103,7 +103,7 @@ def check(args: argparse.Namespace, given: dict, defaults: dict, misread: set[st
                 f"--{name}: IF comes with its family; other models do not listen to it: leave it out"
             )
     for name, needed in NEEDS.items():
-        if name == "class_prompt" and has("use_pdm_loss"):
+        if name == "class_prompt" and (has("use_pdm_loss") or (has("scores") and has("validation_prompt"))):
             continue
         ways = [way for way in needed.split(" or ") if way.partition(" ")[0] in args]
         pairs = [way.partition(" ")[::2] for way in ways]

@@ -9,6 +9,8 @@ from utils import models
 from utils.arguments import relations
 from utils.preflight import plan, remote
 
+# model_type in config.json of what --scores may name
+JUDGES = {"clip": ("clip",), "dino": ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")}
 PARTS = (*plan.NETWORKS, "tokenizer", "tokenizer_2", "scheduler")
 
 
@@ -75,13 +77,9 @@ def elsewhere(args: argparse.Namespace) -> list[str]:
 def judges(args: argparse.Namespace) -> list[str]:
     """Complaints about networks that --scores asks for by name."""
     complaints = []
-    for kind in [kind for kind in ("clip", "dino") if kind in args.scores]:
-        name, problem = getattr(args, f"{kind}_model_name_or_path"), None
-        if not Path(name).exists():
-            problem = _from_hub(name, None, "config.json", "model of transformers")[1]
-        elif not Path(name, "config.json").is_file():
-            problem = "holds no config.json, so it is no model of transformers"
-        if problem:
+    for kind in [kind for kind in JUDGES if kind in args.scores]:
+        name = getattr(args, f"{kind}_model_name_or_path")
+        if problem := _unusable(name, JUDGES[kind], args.allow_pickle):
             complaints.append(f"--{kind}_model_name_or_path {name}, for --scores {kind}, {problem}")
     return complaints
 
@@ -89,27 +87,29 @@ def judges(args: argparse.Namespace) -> list[str]:
 def sam(args: argparse.Namespace) -> list[str]:
     """Complaints about the model that makes masks."""
     name = args.sam_model_name_or_path
-    if not name:
-        return []
-    folder = Path(models.resolve(name)).expanduser()
-    if folder.is_file():
-        problem = "is a single file; a folder or hub name in the format of transformers is needed"
-    elif folder.is_dir():
-        problem = _no_sam(folder, args.allow_pickle)
-    else:
-        folder, problem = _from_hub(name, None, "config.json", "model of transformers")
-        problem = problem or _no_sam(folder, args.allow_pickle, whole=remote.offline())
+    problem = name and _unusable(name, ("sam",), args.allow_pickle)
     return [f"--sam_model_name_or_path {name} {problem}"] if problem else []
 
 
-def _no_sam(folder: Path, allow_pickle: bool, whole: bool = True) -> str | None:
-    """What a folder lacks of a SAM; not `whole`: only its configuration was fetched yet."""
+def _unusable(name: str, kinds: tuple[str, ...], allow_pickle: bool) -> str | None:
+    """Why a model of transformers cannot be had, or is of another kind."""
+    folder = Path(models.resolve(name)).expanduser()
+    if folder.is_file():
+        return "is a single file; a folder or hub name in the format of transformers is needed"
+    if folder.is_dir():
+        return _lacking(folder, kinds, allow_pickle)
+    folder, problem = _from_hub(name, None, "config.json", "model of transformers")
+    return problem or _lacking(folder, kinds, allow_pickle, whole=remote.offline())
+
+
+def _lacking(folder: Path, kinds: tuple[str, ...], allow_pickle: bool, whole: bool = True) -> str | None:
+    """What a folder lacks of such a model; not `whole`: only its configuration was fetched yet."""
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError):
         return "has no config.json that can be read, so it is no model of transformers"
-    if kind != "sam":
-        return f"is a model of type {kind}: masks are made by sam, e.g. facebook/sam-vit-base"
+    if kind not in kinds:
+        return f"is a model of type {kind}; needed is {' or '.join(kinds)}"
     if not whole:
         return None
     if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
