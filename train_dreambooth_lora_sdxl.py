@@ -227,7 +227,7 @@ def main(args):
 
     # Leave behind: weights, sample images, a model card, the report.
     try:
-        average.snapshot(run.step)
+        average.snapshot(run.step)  # whether or not one was due
         with run.phase("saving"), average.swapped(), run.whole():
             if run.is_main:
                 call(learns.save, run.output_dir)

@@ -88,6 +88,7 @@ def put_together(folder, sigma_rel, step=None):
 def test_any_length_is_put_together_afterwards(tmp_path):
     """The weights drift by 0.6 and two averages lie up to 0.1 apart; what is put together lies within 0.001."""
     history, _ = walk(tmp_path, 200)
+    (tmp_path / posthoc.FOLDER / ".tmp-step-000201-0.05.safetensors").write_text("is being written just now")
     assert len(posthoc.listed(tmp_path / posthoc.FOLDER)) == 40
     for sigma_rel, within in ((0.03, 1e-3), (0.06, 1e-4), (0.075, 1e-4), (0.12, 2e-4), (0.2, 1e-3)):
         found, error = put_together(tmp_path, sigma_rel)
@@ -96,6 +97,14 @@ def test_any_length_is_put_together_afterwards(tmp_path):
     found, _ = put_together(tmp_path, 0.075, step=120)
     assert (found.double() - direct(history[:120], 0.075)).abs().max() < 2e-4
     assert (direct(history, 0.05) - direct(history, 0.1)).abs().max() > 0.02
+
+
+def test_updates_are_counted_and_not_steps(tmp_path):
+    history, _ = walk(tmp_path, 203, ema_interval=4)
+    steps = [one.step for one in posthoc.listed(tmp_path / posthoc.FOLDER)]
+    assert steps[::2] == [*range(12, 200, 12), 200]  # a twentieth, rounded up to an update; the last one there was
+    found, _ = put_together(tmp_path, 0.075)
+    assert (found.double() - direct(history[3::4], 0.075)).abs().max() < 2e-4
 
 
 def test_a_stored_length_comes_out_to_the_bit(tmp_path):

@@ -49,7 +49,7 @@ def check(args, settings: dict) -> list[str]:
     problems = []
     if not settings.get("pretrained_model_name_or_path"):
         problems.append(f"{args.run} is no output folder of a run (no training_config.yaml that names a model)")
-    elif not any((args.run / posthoc.FOLDER).glob("*.safetensors")):
+    elif not any((args.run / posthoc.FOLDER).glob("step-*.safetensors")):
         why = "none is due yet" if settings.get("posthoc_ema") else "it had no --posthoc_ema"
         problems.append(f"{args.run} holds no snapshots of averages: {why}")
     if not 0 < args.sigma_rel < posthoc.LONGEST:

@@ -92,7 +92,12 @@ def reach(stored: Sequence[Profile], t: int) -> list[float]:
 class PowerAverages:
     """Averages of several lengths and their snapshots. The first is what is validated, saved, and drawn from."""
 
-    def __init__(self, averages: Mapping[float, "Average"], output_dir: str | Path, snapshot_steps: int):  # noqa: F821
+    def __init__(
+        self,
+        averages: Mapping,  # sigma_rel -> its Average
+        output_dir: str | Path,
+        snapshot_steps: int,  # optimizer steps between snapshots
+    ):
         self.averages, self.folder, self.snapshot_steps = dict(averages), Path(output_dir, FOLDER), snapshot_steps
         self.first = next(iter(self.averages.values()))
         self._going_on, self._kept = False, None
@@ -189,7 +194,7 @@ class Snapshot:
 def listed(folder: Path) -> list[Snapshot]:
     """By step, then length; a file that is damaged or something else is refused by its name."""
     found = []
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(path for path in folder.glob("*") if NAME.fullmatch(path.name)):
         try:
             with safe_open(str(file), framework="pt") as stored:
                 told = stored.metadata() or {}
