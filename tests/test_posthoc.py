@@ -154,7 +154,7 @@ def train(sd1, tmp_path):
 
 
 def after(folder, out, *words):
-    program.main([str(folder), "--output_dir", str(out), *map(str, words)])
+    program.main(program.parse_args([str(folder), "--output_dir", str(out), *map(str, words)]))
     return out
 
 

@@ -13,7 +13,7 @@ from utils import arguments, errors, saved
 from utils.ema import posthoc
 
 
-def main(argv=None) -> None:
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m utils.ema", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run", type=Path, help="output folder of the run, which may still be going on")
@@ -23,8 +23,10 @@ def main(argv=None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="where the result goes; must not exist")
     help = "where the base model is now (default: where the run found it)"
     parser.add_argument("--pretrained_model_name_or_path", help=help)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def main(args) -> None:
     settings = saved.read_yaml(args.run / "training_config.yaml")
     if problems := check(args, settings):
         errors.refuse(problems)
@@ -100,4 +102,4 @@ def lora(args, settings: dict, snapshots: list, shares) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())
