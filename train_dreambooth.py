@@ -119,7 +119,7 @@ def main(args):
     schedule = optimizers.schedule(
         optimizer, args.lr_scheduler, args.lr_warmup_steps, total_steps, args.lr_num_cycles, args.lr_power
     )
-    average = call(ema.create, learns.named())
+    average = call(ema.create, learns.named(), total_steps)
     corruption = call(noise.corruption_for, family.scheduler)
 
     # Resume from the newest checkpoint in the output folder, if that is asked for and there is one.
@@ -199,6 +199,9 @@ def main(args):
         run.log(step)
         if run.due(step, 1):
             average.update(step)
+        if run.due(step, average.snapshot_steps):  # before the checkpoint, after which a resumed run goes on
+            with run.phase("saving"):
+                average.snapshot(step)
         if run.due(step, args.checkpointing_steps):
             with run.phase("saving"):
                 saved.save(step)
@@ -212,6 +215,7 @@ def main(args):
 
     # Leave behind: weights, sample images, a model card, the report.
     try:
+        average.snapshot(run.step)  # whether or not one was due
         with run.phase("saving"), average.swapped(), run.whole():
             if run.is_main:
                 family.save_pipeline(run.output_dir, skip_text_encoder=args.skip_save_text_encoder)

@@ -129,7 +129,7 @@ def main(args):
     schedule = optimizers.schedule(
         optimizer, args.lr_scheduler, args.lr_warmup_steps, total_steps, args.lr_num_cycles, args.lr_power
     )
-    average = call(ema.create, learns.named())
+    average = call(ema.create, learns.named(), total_steps)
     corruption = call(noise.corruption_for, family.scheduler)
 
     # Resume from the newest checkpoint in the output folder, if that is asked for and there is one.
@@ -210,6 +210,9 @@ def main(args):
         run.log(step)
         if run.due(step, 1):
             average.update(step)
+        if run.due(step, average.snapshot_steps):  # before the checkpoint, after which a resumed run goes on
+            with run.phase("saving"):
+                average.snapshot(step)
         if run.due(step, args.checkpointing_steps):
             with run.phase("saving"):
                 saved.save(step)
@@ -223,6 +226,7 @@ def main(args):
 
     # Leave behind: weights, sample images, a model card, the report.
     try:
+        average.snapshot(run.step)  # whether or not one was due
         with run.phase("saving"), average.swapped(), run.whole():
             if run.is_main:
                 call(learns.save, run.output_dir)

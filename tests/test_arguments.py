@@ -202,6 +202,21 @@ def test_options_without_effect_are_pointed_out(capsys):
     assert "prodigy finds its own step size" in said
     parse("--use_ema", "--ema_decay=0.9")
     assert not capsys.readouterr().err
+    parse("--ema_sigma_rel", "0.05", "0.2", "--posthoc_ema")
+    assert "--posthoc_ema has no effect without --use_ema" in capsys.readouterr().err
+
+
+def test_averages_of_a_later_length_have_no_decay_and_two_lengths(capsys):
+    words = ("--use_ema", "--posthoc_ema", "--ema_decay=0.99", "--ema_power=0.7", "--ema_sigma_rel=0.1")
+    said = refused(capsys, *words, "--ema_interval=4", "--ema_snapshot_steps=10")
+    assert [line.split(":")[0].split(" with")[0] for line in said] == [
+        "--ema_decay", "--ema_power", "--ema_sigma_rel 0.1",
+        "--ema_snapshot_steps 10 is no multiple of --ema_interval 4, after which averages change",
+    ]  # fmt: skip
+    args = parse("--use_ema", "--posthoc_ema", "--ema_sigma_rel", "0.03", "0.1", "0.2", "--ema_interval=4")
+    assert args.ema_sigma_rel == [0.03, 0.1, 0.2] and arguments.identity(args)["ema_sigma_rel"] == [0.03, 0.1, 0.2]
+    assert "0.3: it must be a number" in refused(capsys, "--ema_sigma_rel", "0.3", "0.1")[0]
+    assert not capsys.readouterr().err
 
 
 def test_precedence(tmp_path):
@@ -349,8 +364,8 @@ CHANGEABLE = """config dry_run allow_pickle cache_dir repeats on_bad_image preco
     text_encoder_lr adam_weight_decay_text_encoder num_train_epochs max_train_steps max_train_minutes learning_rate
     scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power max_grad_norm
     fused_backward adam_beta1 adam_beta2 adam_weight_decay
-    adam_epsilon offload_ema gradient_checkpointing enable_xformers_memory_efficient_attention cache_latents compile
-    deterministic output_kohya_format
+    adam_epsilon offload_ema ema_snapshot_steps gradient_checkpointing enable_xformers_memory_efficient_attention
+    cache_latents compile deterministic output_kohya_format
     output_dir overwrite_output_dir checkpointing_steps checkpoints_total_limit resume_from_checkpoint
     allow_resume_mismatch verify_checkpoint on_nan on_loss_spike validation_prompt num_validation_images
     validation_steps validation_epochs validation_scheduler validation_num_inference_steps validation_guidance_scale

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.toy_training import train
 from utils import runtime
@@ -171,8 +172,6 @@ def test_whole_scripts_under_deepspeed(tmp_path, monkeypatch, sd1, photos, scrip
 
 
 def learned(folder):
-    from safetensors.torch import load_file
-
     files = [*folder.glob("*.safetensors"), *folder.glob("unet/*.safetensors"), *folder.glob("text_enc*/*.safetensors")]
     return {f"{file.stem} {key}": value for file in files for key, value in load_file(file).items()}
 
@@ -209,7 +208,7 @@ def test_every_script_reads_whole_weights():
 
 
 DDP, FSDP = {}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-FULL = "--train_text_encoder --use_ema --gradient_checkpointing --gradient_accumulation_steps 2"
+FULL = "--train_text_encoder --use_ema --posthoc_ema --gradient_checkpointing --gradient_accumulation_steps 2"
 LORA = "--mixed_precision bf16 --train_text_encoder --validation_prompt 'a dog' --num_validation_images 1"
 
 
@@ -275,6 +274,12 @@ def test_two_processes_averaged_or_sharded_are_one(tmp_path, sd1, photos, capsys
     for key, value in averages[0].items():
         for other in averages[1:]:
             torch.testing.assert_close(other[key], value, rtol=1e-2, atol=2e-4)
+    for name in ("ddp", "fsdp", "fsdp_again"):
+        files = sorted((tmp_path / name / "ema_snapshots").iterdir())
+        assert [file.name for file in files][-2:] == ["step-000003-0.05.safetensors", "step-000003-0.1.safetensors"]
+        for file in files:
+            kept = load_file(tmp_path / "one" / "ema_snapshots" / file.name)
+            torch.testing.assert_close(load_file(file), kept, rtol=1e-2, atol=2e-4)
 
     from diffusers import StableDiffusionPipeline
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -393,6 +394,17 @@ def test_disk(parse, capsys, monkeypatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage._replace(free=20_000_000))
     preflight.check(parse("--max_train_steps=5000", "--checkpointing_steps=10", lora=False))
     assert "--checkpoints_total_limit" in capsys.readouterr().err
+    args = parse("--max_train_steps=100", "--use_ema", "--posthoc_ema", lora=False)
+    needs = plan.outline(args, Path(args.pretrained_model_name_or_path), 3)
+    enough = needs.result_bytes + 2 * needs.checkpoint_bytes + 20 * needs.snapshot_bytes
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage._replace(free=enough - 1))
+    said = refused(capsys, args)[0]
+    assert f"20 snapshots of averages {plan.size(20 * needs.snapshot_bytes)})" in said
+    (left := Path(args.output_dir) / "ema_snapshots").mkdir(parents=True, exist_ok=True)  # by a run that goes on
+    (left / "step-000005-0.05.safetensors").write_bytes(b"1")
+    args.resume_from_checkpoint = "latest"
+    preflight._disk(args, needs, problems := preflight.Problems())
+    assert not problems.options
 
 
 @pytest.mark.parametrize(
@@ -455,6 +467,13 @@ def test_printed_plan(parse, sd1, capsys):
     assert "length    30 steps of 4 examples (4 x 1 accumulated x 1 processes), 40.0 epochs" in said
     for word in ("optimizer", "gradients", "average", "disk", "a pipeline folder", "samples/", "3 examples an epoch"):
         assert word in said
+    assert "snapshots" not in said
+    words = ("--max_train_steps=30", "--use_ema", "--posthoc_ema", "--ema_snapshot_steps=7")
+    args = parse("--dry_run", *words, lora=False)
+    preflight.print_plan(args)
+    said = capsys.readouterr().out
+    assert f", 5 snapshots of {plan.size(8 * size)}" in said and "checkpoint-N/, ema_snapshots/" in said
+    assert re.search(rf"average +{re.escape(plan.size(8 * size))}", said)
 
 
 def test_refusal_and_plan_answer_at_once(sd1, photos, tmp_path):

@@ -48,7 +48,7 @@ def test_options_in_tables_and_sentences_exist():
     """Every `--name` that a page on a script mentions is an option of that script or of one it works with."""
     scripts = ("train_dreambooth", "train_dreambooth_lora", "train_dreambooth_lora_sdxl", "infer")
     scripts += ("train_text_to_image", "train_text_to_image_lora", "train_pdmbooth", "train_pdmbooth_lora")
-    options = set().union(*map(help_of, (*scripts, "utils.cache.__main__"))) | {
+    options = set().union(*map(help_of, (*scripts, "utils.cache.__main__", "utils.ema.__main__"))) | {
         "config_file",
         "dynamo_backend",
         "output",

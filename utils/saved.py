@@ -179,18 +179,21 @@ def averages(checkpoint: Path) -> dict | None:
 def averaged_lora(file: Path, folder: str) -> Path:
     """The adapters to draw with: a copy in `folder` that holds the averages, where there are some."""
     found = averages(file.parent)
-    if found is None:
-        return file
+    return file if found is None else with_averages(file, found, Path(folder, LORA_FILE))
+
+
+def with_averages(file: Path, averages: dict, target: Path) -> Path:
+    """A copy of a file of adapters or tokens that holds these averages instead of its weights."""
     from safetensors.torch import load_file, save_file
 
     whole = load_file(file)
-    for key, average in found.items():
+    for key, average in averages.items():
         # The file holds more than what learns: alphas, and beside some weights the start that is taken away. And
         # tokens that were learned beside the adapters have a file of their own.
         if key in whole:
             whole[key][tuple(slice(size) for size in average.shape)] = average
-    save_file(whole, str(Path(folder, LORA_FILE)), metadata=header(file).get("__metadata__"))
-    return Path(folder, LORA_FILE)
+    save_file(whole, str(target), metadata=header(file).get("__metadata__"))
+    return target
 
 
 def base(given: str | None, loras: list, full_checkpoint: str | None, wrong: list) -> Base | None:

@@ -382,6 +382,11 @@ def add_ema(parser: argparse.ArgumentParser) -> None:
     add("ema_interval", whole(1), 1, "optimizer steps between updates")
     add("offload_ema", flag, False, "keep the averages in main memory: slower, frees one copy on the GPU")
     add("foreach_ema", flag, False, "accepted; all averages are always updated in one call")
+    help = "choose the length of the average after training: keep averages of several lengths and store snapshots of"
+    add("posthoc_ema", flag, False, f"{help} them; python -m utils.ema (https://arxiv.org/abs/2312.02696)")
+    help = "their lengths, as standard deviations relative to that of training; the first is validated and saved"
+    add("ema_sigma_rel", number(above=0, below=0.288), (0.05, 0.1), help, many=True)
+    add("ema_snapshot_steps", whole(1), None, "optimizer steps between snapshots", unset="a twentieth of the run")
 
 
 def add_full_training(parser: argparse.ArgumentParser) -> None:
@@ -479,7 +484,7 @@ def group(parser: argparse.ArgumentParser, title: str):
         bare = "yes" if kind is flag else bare  # the value of an option given without one
         alias, unset = more.pop("alias", None), more.pop("unset", None)
         if default is not None and default is not False:
-            shown = "yes" if default is True else " ".join(default) if isinstance(default, tuple) else default
+            shown = "yes" if default is True else " ".join(map(str, default)) if isinstance(default, tuple) else default
             unset = f"{shown}"
         if many or append:
             more |= {"action": "append" if append else "extend"} | ({"nargs": "+"} if many else {})

@@ -45,6 +45,8 @@ COMPARED = {
     "ema_decay": 0.9999,
     "ema_power": None,
     "ema_interval": 1,
+    "posthoc_ema": False,
+    "ema_sigma_rel": [0.05, 0.1],
     "prodigy_beta3": None,
     "prodigy_decouple": True,
     "prodigy_use_bias_correction": True,

@@ -46,6 +46,9 @@ NEEDS = {
     "ema_power": "use_ema",
     "ema_interval": "use_ema",
     "offload_ema": "use_ema",
+    "posthoc_ema": "use_ema",
+    "ema_sigma_rel": "posthoc_ema",
+    "ema_snapshot_steps": "posthoc_ema",
     "dream_detail_preservation": "dream_training",
     "multires_noise_discount": "multires_noise_iterations",
     "timestep_bias_multiplier": "timestep_bias_strategy",
@@ -90,6 +93,7 @@ def check(args: argparse.Namespace, given: dict, defaults: dict, misread: set[st
     _adapters(args, has, found)
     _optimizer(args, has, given, found)
     _weightwise(has, found)
+    _averages(has, given, defaults, found)
     _engine(has, found)
     _noise(args, has, given, found)
     _validation(args, has, given, found)
@@ -369,6 +373,23 @@ def _weightwise(has, found: Findings) -> None:
     for option, why in against.items():
         if why:
             found.complaints.append(f"--fused_backward with {option}: {why}")
+
+
+def _averages(has, given: dict, defaults: dict, found: Findings) -> None:
+    if not has("posthoc_ema"):
+        return
+    for name in ("ema_decay", "ema_power"):
+        if given.get(name, defaults[name]) != defaults[name]:
+            found.complaints.append(f"--{name} with --posthoc_ema, whose averages have --ema_sigma_rel; leave one out")
+    lengths = has("ema_sigma_rel")
+    if len(set(lengths)) < max(2, len(lengths)):
+        told = " ".join(map(str, lengths))
+        found.complaints.append(f"--ema_sigma_rel {told}: others are made from two or more different lengths")
+    every, interval = has("ema_snapshot_steps"), has("ema_interval")
+    if every and every % interval:
+        found.complaints.append(
+            f"--ema_snapshot_steps {every} is no multiple of --ema_interval {interval}, after which averages change"
+        )
 
 
 def engine_asked_for() -> str | None:

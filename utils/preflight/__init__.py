@@ -21,7 +21,7 @@ FINISHED = ("model_index.json", "pytorch_lora_weights.safetensors")  # written l
 RESULTS = ("metrics.jsonl", "unet", *FINISHED)
 # What --overwrite_output_dir removes beside them.
 RUN_FILES = (*RESULTS, "training_config.yaml", "report.html", "samples", "README.md", "preview", "data_preview.png")
-RUN_FILES += ("test_samples", "pdm_features", "pdm_masks", "sam_masks")
+RUN_FILES += ("test_samples", "pdm_features", "pdm_masks", "sam_masks", "ema_snapshots")
 RUN_FILES += (
     "pytorch_lora_weights_kohya.safetensors",
     "learned_embeddings.safetensors",
@@ -229,18 +229,23 @@ def _unspoken(args, texts: list[str]) -> list[str]:
 
 
 def _disk(args, outline: plan.Plan, problems: Problems) -> None:
-    """The result and two checkpoints must fit: the one that is kept while the next is written, and that one."""
+    """The result and two checkpoints must fit: the one that is kept while the next is written, and that one. And all
+    snapshots of averages, but for those that a resumed run left there."""
     folder = Path(args.output_dir).absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     kept = outline.checkpoints or 1
-    least = outline.result_bytes + min(2, kept + 1) * outline.checkpoint_bytes
+    there = sum(file.stat().st_size for file in (folder / "ema_snapshots").glob("*.safetensors"))
+    snapshots = max(0, outline.snapshots * outline.snapshot_bytes - there)
+    settled = outline.result_bytes + snapshots
+    least = settled + min(2, kept + 1) * outline.checkpoint_bytes
+    told = f", {outline.snapshots} snapshots of averages {plan.size(snapshots)}" if snapshots else ""
     if free < least:
         problems.options.append(
             f"--output_dir {args.output_dir}: {plan.size(free)} are free and at least {plan.size(least)} are needed"
-            f" (result {plan.size(outline.result_bytes)}, a checkpoint {plan.size(outline.checkpoint_bytes)})"
+            f" (result {plan.size(outline.result_bytes)}, a checkpoint {plan.size(outline.checkpoint_bytes)}{told})"
         )
-    elif free < outline.result_bytes + (kept + 1) * outline.checkpoint_bytes:
-        fits = max(1, int((free - outline.result_bytes) // outline.checkpoint_bytes) - 1)
+    elif free < settled + (kept + 1) * outline.checkpoint_bytes:
+        fits = max(1, int((free - settled) // outline.checkpoint_bytes) - 1)
         warn(f"{plan.size(free)} are free: {kept} checkpoints will not fit; --checkpoints_total_limit {fits} does")
 
 

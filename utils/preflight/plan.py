@@ -38,6 +38,8 @@ class Plan:
     checkpoints: int | None = None  # that will stay on disk
     checkpoint_bytes: int = 0
     result_bytes: int = 0
+    snapshots: int = 0  # of averages; all of them stay
+    snapshot_bytes: int = 0
     memory: dict[str, int] = field(default_factory=dict)  # what holds it -> bytes on each GPU
     main_memory: int = 0  # bytes that an engine keeps there
 
@@ -202,7 +204,12 @@ def _memory_and_disk(plan: Plan, args, adapters: bool) -> None:
     plan.memory["gradients"] = 0 if args.fused_backward else 4 * learning
     plan.memory["optimizer"] = int(STATE_BYTES[args.optimizer] * learning)
     if args.use_ema:
-        plan.memory["average"] = 4 * learning
+        copies = len(args.ema_sigma_rel) if args.posthoc_ema else 1
+        plan.memory["average"] = copies * 4 * learning
+        if args.posthoc_ema:
+            steps, every = plan.steps or 20, args.ema_snapshot_steps
+            plan.snapshots = math.ceil(steps / every) if every else min(20, steps)
+            plan.snapshot_bytes = plan.memory["average"]
     plan.checkpoint_bytes = kept * learning + plan.memory["optimizer"] + plan.memory.get("average", 0)
     plan.result_bytes = 4 * learning if adapters else sum(plan.memory[name] for name in plan.networks)
     if engine_asked_for() == "DeepSpeed":  # and its own copy of the weights
@@ -234,6 +241,7 @@ def lines(plan: Plan, args: argparse.Namespace) -> list[str]:
         if not (args.train_text_encoder or getattr(args, "train_text_encoder_ti", False)):
             said.append("          text encoders leave once the prompts are encoded")
         kept = f"{plan.checkpoints or 'some'} checkpoints of {size(plan.checkpoint_bytes)}"
+        kept += f", {plan.snapshots} snapshots of {size(plan.snapshot_bytes)}" if plan.snapshots else ""
         said.append(f"disk      {size(plan.result_bytes)} for the result, {kept}")
     weights = (
         "pytorch_lora_weights.safetensors" if "rank" in args else "a pipeline folder (model_index.json, unet/, ...)"
@@ -242,7 +250,8 @@ def lines(plan: Plan, args: argparse.Namespace) -> list[str]:
     said.append(
         f"writes    {args.output_dir}/: {weights}, training_config.yaml, metrics.jsonl, report.html, README.md,"
     )
-    said.append("          checkpoint-N/" + (", samples/" if args.validation_prompt else ""))
+    more = (", ema_snapshots/" if plan.snapshots else "") + (", samples/" if args.validation_prompt else "")
+    said.append(f"          checkpoint-N/{more}")
     return said
 
 

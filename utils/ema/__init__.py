@@ -1,19 +1,24 @@
 """Averaged weights: smoother than any single step's, and what is saved and sampled under --use_ema."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from utils import sharded
+from utils.ema import posthoc
 
 
 class Average:
     """An exponential moving average of some weights, of whole networks or adapters alike.
 
     average <- d * average + (1 - d) * weight, where d grows to `decay` with the updates n, so that a young average
-    forgets the untrained start quickly: as (1 + n) / (10 + n), or as 1 - (1 + n) ** -power.
+    forgets the untrained start quickly: as (1 + n) / (10 + n), or as 1 - (1 + n) ** -power. With `gamma` it is that
+    of a power-function average (see `posthoc`), which grows for ever.
     """
+
+    snapshot_steps = 0
 
     def __init__(
         self,
@@ -22,15 +27,19 @@ class Average:
         offload: bool = False,  # keep the averages in main memory: slower, and frees one copy on the device
         power: float | None = None,
         interval: int = 1,  # optimizer steps between updates
+        gamma: float | None = None,
     ):
         if not isinstance(parameters, Mapping):
             parameters = {str(number): weight for number, weight in enumerate(parameters)}
         self.names, self.weights = list(parameters), list(parameters.values())
-        self.decay, self.power, self.interval, self._swapped = decay, power, interval, False
+        self.decay, self.power, self.gamma = decay, power, gamma
+        self.interval, self._swapped = interval, False
         self.averages = [w.detach().to("cpu" if offload else w.device, copy=True) for w in self.weights]
 
     def decay_at(self, step: int) -> float:
         updates = step // self.interval
+        if self.gamma is not None:
+            return posthoc.beta(updates, self.gamma)
         young = (1 + updates) / (10 + updates) if self.power is None else 1 - (1 + updates) ** -self.power
         return min(self.decay, young)
 
@@ -62,6 +71,9 @@ class Average:
             weight.copy_(average)
             average.copy_(kept)
 
+    def snapshot(self, step: int) -> None:
+        """Of this average nothing is stored but in checkpoints."""
+
     def state(self) -> dict[str, torch.Tensor]:
         """Name -> average, for a safetensors file. All processes call it."""
         self._refuse_when_swapped("state")
@@ -87,7 +99,12 @@ class Average:
 class NoAverage:
     """Stands in where nothing is averaged, so that the scripts need no condition."""
 
+    snapshot_steps = 0  # never
+
     def update(self, step: int) -> None:
+        pass
+
+    def snapshot(self, step: int) -> None:
         pass
 
     @contextmanager
@@ -97,12 +114,22 @@ class NoAverage:
 
 def create(
     parameters: Mapping[str, torch.Tensor],
+    total_steps: int,
     use_ema: bool = False,
     ema_decay: float = 0.9999,
     ema_power: float | None = None,
     ema_interval: int = 1,
     offload_ema: bool = False,
-) -> Average | NoAverage:
+    posthoc_ema: bool = False,
+    ema_sigma_rel: Sequence[float] = (0.05, 0.1),
+    ema_snapshot_steps: int | None = None,  # None: a twentieth of the run
+    output_dir: str = ".",
+) -> Average | NoAverage | posthoc.PowerAverages:
     if not use_ema:
         return NoAverage()
-    return Average(parameters, ema_decay, offload=offload_ema, power=ema_power, interval=ema_interval)
+    how = {"offload": offload_ema, "interval": ema_interval}
+    if not posthoc_ema:
+        return Average(parameters, ema_decay, power=ema_power, **how)
+    averages = {one: Average(parameters, gamma=posthoc.gamma_of(one), **how) for one in ema_sigma_rel}
+    twentieth = math.ceil(total_steps / 20 / ema_interval) * ema_interval
+    return posthoc.PowerAverages(averages, output_dir, ema_snapshot_steps or twentieth)

@@ -1,0 +1,231 @@
+"""Averages whose length is chosen after training, as in EDM2: Karras et al. 2024, https://arxiv.org/abs/2312.02696.
+
+Two averages with power-function weights are kept, and snapshots of both stored now and then. Afterwards the average of
+any length is put together from them (section 3.1 and appendix C): the combination of their weights over training that
+comes nearest to the weights asked for is, applied to the snapshots, nearest to the average asked for.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from utils import errors
+from utils.checkpoints import manifests
+
+FOLDER = "ema_snapshots"  # in the output folder
+NAME, STAGED = re.compile(r"step-(\d+)-.+\.safetensors"), ".tmp-"
+LONGEST = 12**-0.5  # sigma_rel of gamma = 0: the plain mean of all steps
+CLOSE = 0.1  # the error of a profile, relative to its size, up to which it counts as reached
+
+
+# --- Profiles: the weight of each moment of training in an average -------------------------------------------------
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The power whose profile has this standard deviation, relative to the length of training.
+
+    sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), a cubic in gamma with one root that is not negative.
+    """
+    t = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
+
+
+def sigma_rel_of(gamma: float) -> float:
+    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
+
+
+def beta(t: int, gamma: float) -> float:
+    """The decay at update t, counted from 1: update s then counts (s^(gamma+1) - (s-1)^(gamma+1)) / t^(gamma+1)."""
+    return (1 - 1 / t) ** (gamma + 1)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """(gamma + 1) s^gamma / t^(gamma + 1) for 0 <= s <= t, the weights of an average after t updates."""
+
+    t: int
+    gamma: float
+
+    def dot(self, other: "Profile") -> float:
+        """The integral of their product: the shorter ends first, and the longer alone keeps a power of their ratio."""
+        short, long = sorted((self, other), key=lambda one: one.t)
+        both = (self.gamma + 1) * (other.gamma + 1) / (self.gamma + other.gamma + 1)
+        return both * (short.t / long.t) ** long.gamma / long.t
+
+
+def combine(stored: Sequence[Profile], wanted: Profile) -> tuple[np.ndarray, float]:
+    """(how much of each stored average makes the wanted one, the error of its profile relative to the profile's size).
+
+    Least squares as in the paper's Algorithm 3, under the condition that the shares sum to 1: what training does not
+    move must come out as it is. Without it 20 snapshots give 0.987 of every weight at sigma_rel 0.25, and a
+    fine-tuned model differs from its base by less.
+    """
+    if wanted in stored:
+        return np.array([float(one == wanted) for one in stored]), 0.0
+    sizes = np.sqrt([one.dot(one) for one in stored] + [wanted.dot(wanted)])  # equations of one scale
+    products = np.array([[one.dot(other) for other in stored] for one in stored]) / np.outer(sizes[:-1], sizes[:-1])
+    target = np.array([one.dot(wanted) for one in stored]) / sizes[:-1] / sizes[-1]
+    sums = sizes.max() / sizes[:-1]
+    system = np.block([[products, sums[:, None]], [sums[None], np.zeros((1, 1))]])
+    found = np.linalg.solve(system, np.append(target, sizes.max() / sizes[-1]))[:-1]
+    error = math.sqrt(max(0.0, 1 - 2 * found @ target + found @ products @ found))
+    return found * sizes[-1] / sizes[:-1], error
+
+
+def reach(stored: Sequence[Profile], t: int) -> list[float]:
+    """The values of sigma_rel, to three digits, whose profiles the stored ones make closely."""
+    raster = (sigma_rel / 1000 for sigma_rel in range(1, math.ceil(1000 * LONGEST)))
+    return [sigma_rel for sigma_rel in raster if combine(stored, Profile(t, gamma_of(sigma_rel)))[1] <= CLOSE]
+
+
+# --- During training -----------------------------------------------------------------------------------------------
+
+
+class PowerAverages:
+    """Averages of several lengths and their snapshots. The first is what is validated, saved, and drawn from."""
+
+    def __init__(
+        self,
+        averages: Mapping,  # sigma_rel -> its Average
+        output_dir: str | Path,
+        snapshot_steps: int,  # optimizer steps between snapshots
+    ):
+        self.averages, self.folder, self.snapshot_steps = dict(averages), Path(output_dir, FOLDER), snapshot_steps
+        self.first = next(iter(self.averages.values()))
+        self._going_on, self._kept = False, None
+
+    def update(self, step: int) -> None:
+        if not self._going_on:
+            self._forget(step)
+            self._going_on = True
+        for average in self.averages.values():
+            average.update(step)
+
+    def _forget(self, step: int) -> None:
+        """Snapshots of this step and later are of a course that was left: by a kill after the last checkpoint, or by
+        going on from an earlier one. This course makes its own."""
+        if not _is_main() or not self.folder.is_dir():
+            return
+        for path in self.folder.iterdir():
+            stored = NAME.fullmatch(path.name)
+            if path.name.startswith(STAGED) or (stored and int(stored[1]) >= step):
+                path.unlink()
+
+    def snapshot(self, step: int) -> None:
+        """A file for each average as after this step. All processes call it.
+
+        In fp32: fine-tuning moves weights by thousandths, fp16 rounds them by half a thousandth, and combining
+        snapshots of unlike signs magnifies what was rounded.
+        """
+        interval = self.first.interval
+        updates = step // interval
+        if updates in (0, self._kept):
+            return
+        self._kept = updates
+        for sigma_rel, average in self.averages.items():
+            state = average.state()  # whole ones are put together by all, and kept by the main process
+            if _is_main():
+                try:
+                    self._write(updates * interval, updates, sigma_rel, state)
+                except (OSError, SafetensorError) as problem:
+                    errors.warn(f"{self.folder}: no snapshot after step {step} ({problem}); training goes on")
+
+    def _write(self, step: int, updates: int, sigma_rel: float, state: dict) -> None:
+        self.folder.mkdir(exist_ok=True)
+        file = self.folder / f"step-{step:06d}-{sigma_rel:g}.safetensors"
+        staged = self.folder / f"{STAGED}{file.name}"
+        told = {"format": "pt", "step": str(step), "updates": str(updates), "sigma_rel": repr(sigma_rel)}
+        try:
+            save_file({name: value.cpu().contiguous() for name, value in state.items()}, str(staged), metadata=told)
+            manifests.sync(staged)
+            os.replace(staged, file)
+            manifests.sync(self.folder)
+        finally:
+            staged.unlink(missing_ok=True)
+
+    def swapped(self):
+        return self.first.swapped()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The first under the weights' own names, where whoever draws from a checkpoint looks; the others beside it."""
+        others = {
+            f"{sigma_rel:g}/{name}": value
+            for sigma_rel, average in self.averages.items()
+            if average is not self.first
+            for name, value in average.state().items()
+        }
+        return self.first.state() | others
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        for sigma_rel, average in self.averages.items():
+            prefix = "" if average is self.first else f"{sigma_rel:g}/"
+            average.restore({name: state[prefix + name] for name in average.names})
+
+
+def _is_main() -> bool:
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not several or torch.distributed.get_rank() == 0
+
+
+# --- Afterwards ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    file: Path
+    step: int
+    updates: int
+    sigma_rel: float
+    shapes: dict[str, tuple]
+
+    @property
+    def profile(self) -> Profile:
+        return Profile(self.updates, gamma_of(self.sigma_rel))
+
+
+def listed(folder: Path) -> list[Snapshot]:
+    """By step, then length; a file that is damaged or something else is refused by its name."""
+    found = []
+    for file in sorted(path for path in folder.glob("*") if NAME.fullmatch(path.name)):
+        try:
+            with safe_open(str(file), framework="pt") as stored:
+                told = stored.metadata() or {}
+                shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+            one = Snapshot(file, int(told["step"]), int(told["updates"]), float(told["sigma_rel"]), shapes)
+        except (SafetensorError, OSError, KeyError, ValueError) as problem:
+            errors.refuse(f"{file} is no snapshot of an average, or damaged ({problem}); move it away")
+        if found and one.shapes != found[0].shapes:
+            errors.refuse(f"{file} and {found[0].file.name} are of different weights; move one run's away")
+        found.append(one)
+    return sorted(found, key=lambda one: (one.step, one.sigma_rel))
+
+
+def choose(snapshots: Sequence[Snapshot], sigma_rel: float) -> tuple[np.ndarray, float]:
+    """(the share of each in the average of this length as after the last of them, the error of its profile)."""
+    stored, t = [one.profile for one in snapshots], snapshots[-1].updates
+    shares, error = combine(stored, Profile(t, gamma_of(sigma_rel)))
+    if error > CLOSE:
+        within = reach(stored, t)
+        errors.refuse(
+            f"--sigma_rel {sigma_rel:g}: the {len(stored)} snapshots meet it within {100 * error:.0f} % only; lengths"
+            f" from {within[0]:g} to {within[-1]:g} are met within {100 * CLOSE:.0f} %. More snapshots"
+            " (--ema_snapshot_steps) reach further"
+        )
+    return shares, error
+
+
+@torch.no_grad()
+def blend(snapshots: Sequence[Snapshot], shares: Iterable[float]):
+    """(name, the weighted sum of all snapshots) for each weight, one in memory at a time; summed in fp64."""
+    parts = [(one, share) for one, share in zip(snapshots, shares) if share]
+    opened = [(safe_open(str(one.file), framework="pt"), share) for one, share in parts]
+    for name in snapshots[0].shapes:
+        yield name, sum(share * file.get_tensor(name).double() for file, share in opened).float()
