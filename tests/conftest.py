@@ -27,7 +27,8 @@ import pytest  # noqa: E402
 # Files that run whole scripts or load whole pipelines many times: `make test-fast` keeps their golden numbers only.
 WHOLE = (
     "scripts sdxl text_to_image pdm exactness faults stops any_folder inpainting tokens streams precomputed launching"
-    " security infer concepts quantize merging formats adapter_kinds engines prior personalising two_processes sam"
+    " clusters security infer concepts quantize merging formats adapter_kinds engines prior personalising two_processes"
+    " sam"
 )
 
 
