@@ -137,7 +137,7 @@ def add_dreambooth_data(parser: argparse.ArgumentParser) -> None:
 def add_captioned_data(parser: argparse.ArgumentParser) -> None:
     add = group(parser, "Captioned pictures")
     _add_captioned(add)
-    help = "read rows of parquet or tar shards when training comes to them, from a folder or the hub; bounded memory"
+    help = "read rows of parquet, tar or MDS shards when training comes to them, in bounded memory; a folder or the hub"
     add("streaming", flag, False, help)
     add("shuffle_buffer", whole(1), 1000, "rows of a stream that are mixed, and kept in memory")
     add("max_train_samples", whole(1), None, "train on so many pictures, drawn by the seed", unset="all")
