@@ -164,7 +164,7 @@ def add_precompute(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_captioned(add) -> None:
-    add("train_data_dir", folder, None, "folder of pictures; metadata.jsonl, metadata.csv or name.txt hold captions")
+    add("train_data_dir", folder, None, "folder of pictures; metadata.jsonl, .csv, .parquet or name.txt hold captions")
     add("dataset_name", folder, None, "a Hugging Face dataset (hub name or folder) instead of --train_data_dir")
     add("dataset_config_name", text, None, "configuration of that dataset")
     add("dataset_split", text, "train", "split of that dataset")
