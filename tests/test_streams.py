@@ -11,9 +11,11 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import fake_hub
 import pytest
 import torch
 from PIL import Image
+from test_security import launch
 
 from utils import datasets, heldout, images, lost, mds, shards, streams
 
@@ -268,10 +270,14 @@ def train(sd1, folder, tmp_path):
         given = f"--pretrained_model_name_or_path '{sd1}' --output_dir '{tmp_path / name}' --report_to none --seed 3"
         given += f" --streaming --train_data_dir '{folder}' --train_batch_size 2 --resolution 64 {options}"
         module.main(module.parse_args(shlex.split(given)))
-        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
-        return {row["step"]: row["loss"] for row in rows if "loss" in row}
+        return losses(tmp_path / name)
 
     return call
+
+
+def losses(folder):
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
 def test_killed_and_resumed_is_as_uninterrupted(train, tmp_path):
@@ -298,6 +304,71 @@ def test_mds_killed_and_resumed_is_as_uninterrupted(train, tmp_path):
     whole = train(options, "whole")
     parts = train(f"{options} --resume_from_checkpoint '{tmp_path / 'whole' / 'checkpoint-4'}'", "parts")
     assert parts == {step: whole[step] for step in (5, 6)}
+
+
+CARD = """---
+configs:
+- config_name: large
+  data_files: large.parquet
+- config_name: small
+  data_files:
+  - split: train
+    path: tables/seen-0.parquet
+  - split: seen
+    path: tables/seen-*.parquet
+---
+"""
+RUNS = """
+import importlib, json, sys
+script = importlib.import_module("train_text_to_image_lora")
+for words in json.load(open(sys.argv[1])):
+    script.main(script.parse_args(words))
+"""
+
+
+def test_a_data_set_of_the_hub_over_http(train, sd1, tmp_path):
+    """The real client against a hub of our own: config, split, columns, lists of captions; streamed, resumed, whole."""
+    import datasets as library
+
+    tables = tmp_path / "set" / "tables"
+    tables.mkdir(parents=True)
+    (tmp_path / "set" / "README.md").write_text(CARD)
+    (tmp_path / "set" / "large.parquet").write_bytes(b"nobody asked for it")
+    for part in (0, 1):
+        numbers = range(9 * part, 9 * part + 9)
+        says = [[f"row {number}", f"number {number}"] for number in numbers]
+        table = library.Dataset.from_dict({"photo": [{"bytes": png(number), "path": None} for number in numbers]})
+        table = table.add_column("says", says).cast_column("photo", library.Image())
+        table.to_parquet(tables / f"seen-{part}.parquet", batch_size=4)
+
+    def words(name, more):
+        given = f"--pretrained_model_name_or_path '{sd1}' --output_dir '{tmp_path / name}' --report_to none --seed 3"
+        return shlex.split(f"{given} --train_batch_size 2 --resolution 64 --center_crop {columns} {more}")
+
+    columns = "--image_column photo --caption_column says"
+    streamed = "--streaming --shuffle_buffer 5 --max_train_steps 6 --checkpointing_steps 4"
+    named = "--dataset_config_name small --dataset_split seen --dataset_name"
+    runs = [
+        words("hub", f"{named} someone/pictures {streamed}"),
+        words("on", f"{named} someone/pictures {streamed} --resume_from_checkpoint '{tmp_path / 'hub/checkpoint-4'}'"),
+        words("whole", f"{named} someone/pictures --max_train_steps 2"),
+    ]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    with fake_hub.Hub() as server:
+        folder = tmp_path / "set"
+        server.table = {
+            path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        }
+        done = launch(None, [tmp_path / "runs.json"], server, code=RUNS, HF_HOME=str(tmp_path / "home"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {name for name, _, _ in server.ranges} == {"tables/seen-0.parquet", "tables/seen-1.parquet"}
+    assert not any("large.parquet" in call for call in server.calls)
+    expected = train(f"{streamed} {columns} --center_crop --train_data_dir '{tables}'", "here")
+    assert losses(tmp_path / "hub") == expected and list(expected) == [1, 2, 3, 4, 5, 6]
+    assert losses(tmp_path / "on") == {step: expected[step] for step in (5, 6)}
+    script = importlib.import_module("train_text_to_image_lora")
+    script.main(script.parse_args(words("whole_here", f"{named} '{tmp_path / 'set'}' --max_train_steps 2")))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "whole_here") and len(losses(tmp_path / "whole")) == 2
 
 
 def test_what_needs_the_whole_set_is_refused_by_name(train, tmp_path, capsys):
