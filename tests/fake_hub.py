@@ -1,15 +1,20 @@
 """A hub of our own on 127.0.0.1 that answers the calls the real client makes when it uploads, and keeps what it got.
 
 with fake_hub.Hub(fail={"/commit/": 2}) as hub: ... hub.files, hub.received
+
+It also hands out one data set, `someone/pictures`, as a whole or in parts: hub.table = {path: bytes}; hub.ranges.
 """
 
 import base64
+import hashlib
 import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
 
 OWNER = "someone"
+COMMIT = "c" * 40
 
 
 class Hub:
@@ -23,6 +28,8 @@ class Hub:
         self.repos = {}  # name -> what was asked: private or public
         self.files = {}  # path in the repository -> bytes, as committed
         self.objects = {}  # sha256 -> bytes, uploaded but not committed
+        self.table = {}  # path -> bytes of the data set
+        self.ranges = []  # (path, first byte, last byte) of each answer that was a part of a file
 
     def __enter__(self):
         hub = self
@@ -82,6 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(200, {"name": OWNER, "type": "user", "orgs": [], "auth": {"accessToken": token}})
         if hub.role == "read" and self.command != "GET" and self.path != "/api/validate-yaml":
             return self.answer(403, {"error": "you need a token with the role write"})
+        if f"/datasets/{OWNER}/pictures" in self.path:
+            return self.data_set(unquote(urlsplit(self.path).path).split(f"/datasets/{OWNER}/pictures")[1], body)
         if self.path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
         if self.path == "/api/repos/create":
@@ -119,5 +128,48 @@ class _Handler(BaseHTTPRequestHandler):
             oid = "0" * 40
             return self.answer(200, {"success": True, "commitOid": oid, "commitUrl": f"{hub.url}/{name}/commit/{oid}"})
         return self.answer(404, {"error": f"no such address: {self.path}"})
+
+    def data_set(self, path, body):
+        table = self.owner.table
+        entries = [{"type": "file", "path": name, "size": len(data), "oid": "0"} for name, data in table.items()]
+        if path in ("", "/revision/main", f"/revision/{COMMIT}"):
+            siblings = [{"rfilename": entry["path"]} for entry in entries]
+            told = {"id": f"{OWNER}/pictures", "sha": COMMIT, "private": False, "gated": False, "siblings": siblings}
+            return self.answer(200, told)
+        what, _, name = [*path.removeprefix("/").split("/", 2), ""][:3]  # in between stands the commit
+        if what == "tree":
+            depth = len(name.split("/")) if name else 0
+            inside = [entry for entry in entries if entry["path"].startswith(f"{name}/" if name else "")]
+            folders = {"/".join(entry["path"].split("/")[: depth + 1]) for entry in inside} - table.keys()
+            found = [entry for entry in inside if entry["path"].count("/") == depth]
+            found += [{"type": "directory", "path": one, "oid": "0"} for one in sorted(folders)]
+            return self.answer(200, found) if found else self.missing()
+        if what == "paths-info":
+            wanted = json.loads(body)["paths"]
+            return self.answer(200, [entry for entry in entries if entry["path"] in wanted])
+        return self.file(name, table[name]) if name in table else self.missing()
+
+    def missing(self):
+        self.send_response(404)
+        self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def file(self, name, data):
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        first = int(part[1]) if part else 0
+        last = min(int(part[2] or len(data)), len(data) - 1) if part else len(data) - 1
+        self.send_response(206 if part else 200)
+        self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(last + 1 - first))
+        if part:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        self.end_headers()
+        if self.command == "GET":
+            self.owner.ranges += [(name, first, last)] if part else []
+            self.wfile.write(data[first : last + 1])
 
     do_GET = do_POST = do_PUT = do_HEAD = handle_call

@@ -86,6 +86,45 @@ def test_every_mistake_in_a_table_is_reported_with_its_line(folder, capsys):
     assert stop.value.code == 3 and capsys.readouterr().err.count("error: ") == 9
 
 
+def table(folder, **columns):
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "metadata.parquet", row_group_size=3)
+
+
+def test_a_parquet_table_is_read_like_the_others(folder):
+    """A list of captions, a column of one's own, a table in a sub-folder; columns that nobody asked for stay unread."""
+    rows = {"file_name": ["b.png", "a.png"], "text": [["one", " two "], ["three"]], "image": [b"x" * 1000, None]}
+    table(folder, **rows, mine=["my own", "another"])
+    table(folder / "sub", file_name=["c.png"], prompt=["below"])
+    assert read(folder) == (["three", ("one", "two"), "below"], [])
+    found, complaints = read(folder, column="mine")
+    assert found[:2] == ["another", "my own"] and "only: file_name, prompt" in complaints[0]
+
+
+def test_a_parquet_table_is_checked_like_the_others(folder, tmp_path_factory):
+    names = ["a.png", None, "gone.png", "b.png", "a.png", "../out.png", "/etc/passwd", " "]
+    table(folder, file_name=names, text=["fine", "x", "x", None, "again", "x", "x", "x"])
+    reasons = {1: "has no file_name", 2: "does not exist", 3: "null", 4: "already", 5: "out of the folder"}
+    reasons |= {6: "out of the folder", 7: "has no file_name"}
+    complaints = read(folder)[1]
+    assert len(complaints) == len(reasons)
+    for (row, reason), complaint in zip(reasons.items(), complaints):
+        assert complaint.startswith(f"{folder / 'metadata.parquet'}, row {row}: ") and reason in complaint
+    table(folder, file_name=["a.png"], label=[3])
+    assert "has no column" in read(folder)[1][0] and "only: file_name, label" in read(folder)[1][0]
+    table(folder, file_name=["a.png"], text=[b"bytes"])
+    assert "must be text" in read(folder)[1][0]
+    (folder / "metadata.parquet").write_bytes((folder / "metadata.parquet").read_bytes()[:-9])
+    assert "metadata.parquet' cannot be read" in read(folder)[1][0]
+    outside = tmp_path_factory.mktemp("outside")
+    table(outside, file_name=["a.png"], text=["not yours"])
+    (folder / "metadata.parquet").unlink()
+    (folder / "metadata.parquet").symlink_to(outside / "metadata.parquet")
+    found, complaints = read(folder)
+    assert "links to a file outside" in complaints[0] and "not yours" not in found
+
+
 def test_text_that_is_not_text(folder):
     (folder / "a.txt").write_text(" \n ")
     (folder / "b.txt").write_bytes(b"fine\n\xff\xfe")

@@ -6,15 +6,18 @@ import itertools
 import json
 import pickle
 import shlex
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
 
+import fake_hub
 import pytest
 import torch
 from PIL import Image
+from test_security import launch
 
-from utils import datasets, heldout, lost, shards, streams
+from utils import datasets, heldout, images, lost, mds, shards, streams
 
 pyarrow = pytest.importorskip("pyarrow")
 
@@ -56,6 +59,11 @@ def tar(path, numbers):
                 member = tarfile.TarInfo(f"./part/{number:05d}.{ending}")
                 member.size = len(data)
                 file.addfile(member, io.BytesIO(data))
+
+
+# Written by MDSWriter of mosaicml-streaming 0.13.0: 20 rows in three shards of png, str, int, pkl, pil, json, bytes and
+# float32; `zipped` is one row with compression="zstd".
+MDS = Path(__file__).with_name("mds")
 
 
 @pytest.fixture
@@ -188,6 +196,73 @@ def test_the_fingerprint_knows_files_and_mixing(folder):
     assert heldout.split(rows := stream(folder).instance, 0.0, 1) == (rows, [])
 
 
+@pytest.mark.parametrize("columns", [("image", "text"), ("same", "text"), ("raw", "words")], ids=str)
+def test_mds_shards_are_read_as_their_package_wrote_them(columns):
+    """A picture as a file, as raw pixels and as bytes; a caption and a list of them; beside a pickle."""
+    rows = shards.Shards(shards.local(MDS / "set"), *columns)
+    assert [(piece.group, piece.rows) for piece in rows.pieces] == [(None, 7), (None, 7), (None, 6)]
+    dataset = streams.Stream(rows, seed=3, size=8, center_crop=True, shuffle_buffer=4)
+    first = seen(dataset, range(20))
+    assert sorted(first) == list(range(20)) != first
+    assert seen(streams.Stream(rows, seed=3, size=8, center_crop=True, shuffle_buffer=4), range(13, 20)) == first[13:]
+    if columns == ("image", "text"):
+        loaders = [datasets.loader(dataset, 2, rank=rank, world=2) for rank in (0, 1)]
+        shared = [itertools.chain(*(batch["captions"] for batch in itertools.islice(one, 5))) for one in loaders]
+        assert sorted(itertools.chain(*shared)) == sorted(f"row {number}" for number in range(20))
+
+
+def test_mds_columns_and_files_that_cannot_be_read_are_refused_by_name(tmp_path, capsys):
+    files = shards.local(MDS / "set")
+    for image, text in (("extra", "text"), ("image", "id"), ("picture", "text")):
+        with pytest.raises(SystemExit):
+            shards.Shards(files, image, text)
+    said = capsys.readouterr().err
+    assert "--image_column extra" in said and "holds it as pkl; jpeg, png, bytes, pil are read" in said
+    assert "--caption_column id" in said and "holds it as int; str, json are read" in said
+    assert "--image_column picture" in said and "extra, id, image, raw, same, score, text, words" in said
+    assert "shard.00000.mds is compressed (zstd): decompress" in shards.complaint(str(MDS / "zipped"))
+    shutil.copytree(MDS / "set", tmp_path / "set")
+    assert shards.complaint(str(tmp_path)) is None and len(shards.local(tmp_path)) == 3
+    (tmp_path / "set" / "shard.00001.mds").unlink()
+    assert "1 of the 3 shards in index.json are missing, such as shard.00001.mds" in shards.complaint(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda data: data[:-1], "it was cut short"),
+        (lambda data: data[:6], "it was cut short"),
+        (lambda data: b"\xff" * len(data), "it is no MDS shard"),
+        (lambda data: data.replace(b'"version": 2', b'"version": 3'), "it is no MDS shard of version 2"),
+        (lambda data: data.replace(b"[null, 8, null", b"[null,-8, null"), "it is no MDS shard of version 2"),
+    ],
+)
+def test_damaged_mds_shards_are_refused(tmp_path, capsys, change, reason):
+    data = (MDS / "set" / "shard.00000.mds").read_bytes()
+    (tmp_path / "a.mds").write_bytes(change(data))
+    with pytest.raises(SystemExit) as stop:
+        shards.Shards([str(tmp_path / "a.mds")])
+    assert stop.value.code == 3 and reason in capsys.readouterr().err
+
+
+def test_damaged_mds_rows_are_noticed(tmp_path, monkeypatch):
+    """A length that is wrong ends the run; a picture whose pixels are too few is one bad row."""
+    monkeypatch.setattr(lost, "RETRIES", (0,))
+    data = bytearray((MDS / "set" / "shard.00000.mds").read_bytes())
+    with open(MDS / "set" / "shard.00000.mds", "rb") as opened:
+        header = mds.header(opened)
+        pixels, _ = mds.places(opened, header, 2)["same"]
+        begins = 4 * (2 + 2)
+    data[pixels : pixels + 4] = (2**20).to_bytes(4, "little")  # its width
+    (tmp_path / "a.mds").write_bytes(data)
+    rows = shards.Shards([str(tmp_path / "a.mds")], "same")
+    assert [row.problem for row in rows] == [None, None, "holds no picture", None, None, None, None]
+    data[begins] ^= 1
+    (tmp_path / "a.mds").write_bytes(data)
+    with pytest.raises(images.BadImage, match="does not end where it should"):
+        rows[2]
+
+
 @pytest.fixture
 def train(sd1, folder, tmp_path):
     def call(options="", name="run", script="train_text_to_image_lora"):
@@ -195,10 +270,14 @@ def train(sd1, folder, tmp_path):
         given = f"--pretrained_model_name_or_path '{sd1}' --output_dir '{tmp_path / name}' --report_to none --seed 3"
         given += f" --streaming --train_data_dir '{folder}' --train_batch_size 2 --resolution 64 {options}"
         module.main(module.parse_args(shlex.split(given)))
-        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
-        return {row["step"]: row["loss"] for row in rows if "loss" in row}
+        return losses(tmp_path / name)
 
     return call
+
+
+def losses(folder):
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
 def test_killed_and_resumed_is_as_uninterrupted(train, tmp_path):
@@ -220,6 +299,78 @@ def test_killed_and_resumed_is_as_uninterrupted(train, tmp_path):
     ).read_text()
 
 
+def test_mds_killed_and_resumed_is_as_uninterrupted(train, tmp_path):
+    options = f"--train_data_dir '{MDS / 'set'}' --shuffle_buffer 5 --max_train_steps 6 --checkpointing_steps 2"
+    whole = train(options, "whole")
+    parts = train(f"{options} --resume_from_checkpoint '{tmp_path / 'whole' / 'checkpoint-4'}'", "parts")
+    assert parts == {step: whole[step] for step in (5, 6)}
+
+
+CARD = """---
+configs:
+- config_name: large
+  data_files: large.parquet
+- config_name: small
+  data_files:
+  - split: train
+    path: tables/seen-0.parquet
+  - split: seen
+    path: tables/seen-*.parquet
+---
+"""
+RUNS = """
+import importlib, json, sys
+script = importlib.import_module("train_text_to_image_lora")
+for words in json.load(open(sys.argv[1])):
+    script.main(script.parse_args(words))
+"""
+
+
+def test_a_data_set_of_the_hub_over_http(train, sd1, tmp_path):
+    """The real client against a hub of our own: config, split, columns, lists of captions; streamed, resumed, whole."""
+    import datasets as library
+
+    tables = tmp_path / "set" / "tables"
+    tables.mkdir(parents=True)
+    (tmp_path / "set" / "README.md").write_text(CARD)
+    (tmp_path / "set" / "large.parquet").write_bytes(b"nobody asked for it")
+    for part in (0, 1):
+        numbers = range(9 * part, 9 * part + 9)
+        says = [[f"row {number}", f"number {number}"] for number in numbers]
+        table = library.Dataset.from_dict({"photo": [{"bytes": png(number), "path": None} for number in numbers]})
+        table = table.add_column("says", says).cast_column("photo", library.Image())
+        table.to_parquet(tables / f"seen-{part}.parquet", batch_size=4)
+
+    def words(name, more):
+        given = f"--pretrained_model_name_or_path '{sd1}' --output_dir '{tmp_path / name}' --report_to none --seed 3"
+        return shlex.split(f"{given} --train_batch_size 2 --resolution 64 --center_crop {columns} {more}")
+
+    columns = "--image_column photo --caption_column says"
+    streamed = "--streaming --shuffle_buffer 5 --max_train_steps 6 --checkpointing_steps 4"
+    named = "--dataset_config_name small --dataset_split seen --dataset_name"
+    runs = [
+        words("hub", f"{named} someone/pictures {streamed}"),
+        words("on", f"{named} someone/pictures {streamed} --resume_from_checkpoint '{tmp_path / 'hub/checkpoint-4'}'"),
+        words("whole", f"{named} someone/pictures --max_train_steps 2"),
+    ]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    with fake_hub.Hub() as server:
+        folder = tmp_path / "set"
+        server.table = {
+            path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        }
+        done = launch(None, [tmp_path / "runs.json"], server, code=RUNS, HF_HOME=str(tmp_path / "home"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {name for name, _, _ in server.ranges} == {"tables/seen-0.parquet", "tables/seen-1.parquet"}
+    assert not any("large.parquet" in call for call in server.calls)
+    expected = train(f"{streamed} {columns} --center_crop --train_data_dir '{tables}'", "here")
+    assert losses(tmp_path / "hub") == expected and list(expected) == [1, 2, 3, 4, 5, 6]
+    assert losses(tmp_path / "on") == {step: expected[step] for step in (5, 6)}
+    script = importlib.import_module("train_text_to_image_lora")
+    script.main(script.parse_args(words("whole_here", f"{named} '{tmp_path / 'set'}' --max_train_steps 2")))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "whole_here") and len(losses(tmp_path / "whole")) == 2
+
+
 def test_what_needs_the_whole_set_is_refused_by_name(train, tmp_path, capsys):
     options = "--validation_split 0.1 --resolution_buckets --max_train_samples 5 --repeats 2 --cache_latents on"
     with pytest.raises(SystemExit) as stop:
@@ -229,10 +380,8 @@ def test_what_needs_the_whole_set_is_refused_by_name(train, tmp_path, capsys):
     for name in ("validation_split", "resolution_buckets", "max_train_samples", "repeats", "cache_latents on"):
         assert f"--{name} with --streaming" in said
     assert "--masked_loss with --streaming" in said
-    (tmp_path / "mds").mkdir()
-    (tmp_path / "mds" / "index.json").write_text('{"shards": [], "version": 2}')
-    for where, what in (("mds", "MosaicML shards"), (".", "no *.parquet")):
-        (tmp_path / "empty").mkdir(exist_ok=True)
+    (tmp_path / "empty").mkdir()
+    for where, what in ((MDS / "zipped", "is compressed (zstd)"), (tmp_path / "empty", "no *.parquet")):
         with pytest.raises(SystemExit) as stop:
-            train(f"--max_train_steps 1 --train_data_dir '{tmp_path / ('empty' if where == '.' else where)}'")
+            train(f"--max_train_steps 1 --train_data_dir '{where}'")
         assert stop.value.code == 2 and what in capsys.readouterr().err

@@ -115,7 +115,7 @@ def test_every_requirement_has_its_reason():
 def test_launch_configurations_are_read_by_accelerate():
     from accelerate.commands.config.config_args import load_config_from_file
 
-    files = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+    files = sorted(set((ROOT / "accelerate_configs").glob("*.yaml")) - {ROOT / "accelerate_configs" / "skypilot.yaml"})
     processes = {file.stem: load_config_from_file(str(file)).num_processes for file in files}
     assert processes == {
         "cpu_2proc": 2,

@@ -1,7 +1,7 @@
-"""What each photo of a folder shows, in its owner's words: metadata.jsonl, metadata.csv, NAME.txt or NAME.caption.
+"""What each photo of a folder shows, in its owner's words: metadata.jsonl, .csv or .parquet, NAME.txt or NAME.caption.
 
 A folder may come from a stranger, so text is only ever read from inside it, and every mistake in it is reported
-with its line, all at once. Standard library only: the preflight reads captions before anything heavy is imported.
+with its line, all at once. Nothing heavy is imported before a parquet file is there: the preflight reads captions.
 """
 
 import csv
@@ -22,7 +22,7 @@ def read(
     folder: str | os.PathLike,
     pictures: Sequence[Path],  # as images.list_images(folder) finds them
     prompt: str | None = None,  # for pictures that nothing describes
-    column: str | None = None,  # of metadata.jsonl / .csv; None: the first of COLUMNS that a row has
+    column: str | None = None,  # of metadata.*; None: the first of COLUMNS that a row has
     **words: str | None,  # identifier, class_noun: what placeholders stand for
 ) -> tuple[list[str | tuple[str, ...]], list[str]]:
     """=> (a caption, or several to choose from, for each picture; complaints). Use no caption while one complains."""
@@ -119,22 +119,50 @@ def _tables(folder: Path, pictures: Sequence[Path], column: str | None, complain
     known = {_key(picture) for picture in pictures}
     captions: dict[str, str | tuple[str, ...]] = {}
     for parent in sorted({folder, *(picture.parent for picture in pictures)}):
-        for path in (parent / "metadata.jsonl", parent / "metadata.csv"):
+        for path in (parent / "metadata.jsonl", parent / "metadata.csv", parent / "metadata.parquet"):
             if not path.is_file():
                 continue
-            text = _text(folder, path, complaints, largest=2**30)
-            rows = _json_rows if path.suffix == ".jsonl" else _csv_rows
-            for line, row in rows(text or ""):
+            for place, row in _rows(folder, path, column, complaints):
                 name, caption, complaint = _row(row, column)
                 if not complaint:
                     complaint = _misplaced(parent, name, folder, known)
                 if not complaint and _key(parent / name) in captions:
                     complaint = f"'{name}' has a caption already"
                 if complaint:
-                    complaints.append(f"{path}:{line}: {complaint}")
+                    complaints.append(f"{place}: {complaint}")
                 else:
                     captions[_key(parent / name)] = caption
     return captions
+
+
+def _rows(folder: Path, path: Path, column: str | None, complaints: list[str]) -> Iterator[tuple[str, object]]:
+    """=> (where it stands, row)"""
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(folder, path, column, complaints)
+        return
+    text = _text(folder, path, complaints, largest=2**30) or ""
+    for line, row in (_json_rows if path.suffix == ".jsonl" else _csv_rows)(text):
+        yield f"{path}:{line}", row
+
+
+def _parquet_rows(folder: Path, path: Path, column: str | None, complaints: list[str]) -> Iterator[tuple[str, dict]]:
+    """Its names and captions alone; of the other columns only what they are called. Rows are counted from 0."""
+    if not contained(path, folder):
+        complaints.append(f"'{path}' links to a file outside of '{folder}'")
+        return
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            names = table.schema_arrow.names
+            wanted = [name for name in ("file_name", column, *COLUMNS) if name in names]
+            for batch in table.iter_batches(columns=list(dict.fromkeys(wanted)), use_threads=False):
+                for row in batch.to_pylist():
+                    yield f"{path}, row {number}", dict.fromkeys(names) | row
+                    number += 1
+    except (OSError, ValueError, pyarrow.ArrowException) as problem:
+        complaints.append(f"'{path}' cannot be read: {problem}")
 
 
 def _json_rows(text: str) -> Iterator[tuple[int, object]]:
@@ -168,7 +196,11 @@ def _row(row, column: str | None) -> tuple[str, str | tuple[str, ...], str | Non
         return name, "", f"has no column {wanted}, only: {', '.join(map(str, row))}"
     texts = row[column] if isinstance(row[column], list) else [row[column]]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        return name, "", f"its '{column}' must be text or a list of texts, and is {json.dumps(row[column])}"
+        return (
+            name,
+            "",
+            f"its '{column}' must be text or a list of texts, and is {json.dumps(row[column], default=str)}",
+        )
     texts = tuple(text.strip() for text in texts)
     return name, texts[0] if len(texts) == 1 else texts, None
 

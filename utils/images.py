@@ -23,7 +23,7 @@ FORMATS = ["JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "H
 MAX_PIXELS = 178_956_970  # half a gigabyte of RGB; a 109 kB file can claim to be far more
 MOST_BAD = 0.5  # share of unreadable pictures above which leaving them out would hide what is wrong with all of them
 MAX_RATIO = 100  # longer than this is no photo, and resizing its shorter side would fill the memory
-CAPTION_FILES = {".txt", ".caption", ".jsonl", ".csv", ".json"}
+CAPTION_FILES = {".txt", ".caption", ".jsonl", ".csv", ".json", ".parquet"}
 INTERPOLATIONS = {  # torchvision's names; "nearest_exact" differs from "nearest" on tensors only, not in Pillow
     "nearest": "NEAREST",
     "nearest_exact": "NEAREST",

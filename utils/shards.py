@@ -1,4 +1,4 @@
-"""Shards of a large data set: parquet and tar files whose rows are read one after the other, in bounded memory.
+"""Shards of a large data set: parquet, tar and MDS files whose rows are read one after the other, in bounded memory.
 
 Tar files (WebDataset) are read by explicit decoders: pictures, plain text, JSON; anything else stays unread, so nothing
 is ever unpickled. The preflight looks here too: nothing heavy is imported before a file is opened.
@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import captions, errors, images
+from utils import captions, errors, images, mds
 
 LARGEST = 2**28  # bytes of a picture's file; a larger one is no photo, and would fill the memory
 ROWS = 32  # taken out of a parquet file at once
@@ -23,7 +23,7 @@ ROWS = 32  # taken out of a parquet file at once
 
 @dataclass(frozen=True)
 class Piece:
-    """What is read from front to back: a row group, or a whole tar file (group None)."""
+    """What is read from front to back: a row group, or a whole tar or MDS file (group None)."""
 
     file: str
     group: int | None
@@ -51,25 +51,28 @@ class Row:
 
 def local(folder: str | os.PathLike) -> list[str]:
     """Every shard under a folder, sorted."""
-    found = []
+    shards = [path for path in _files(folder) if path.endswith((".parquet", ".tar", ".mds"))]
+    return sorted(shards, key=lambda path: Path(path).relative_to(folder).as_posix())
+
+
+def _files(folder: str | os.PathLike) -> Iterator[str]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
-    shards = [path for path in found if path.endswith((".parquet", ".tar"))]
-    return sorted(shards, key=lambda path: Path(path).relative_to(folder).as_posix())
+        yield from (os.path.join(parent, name) for name in names if not name.startswith("."))
 
 
 def complaint(folder: str) -> str | None:
     """Why a folder cannot be streamed, from its names alone."""
     if not os.path.isdir(folder):
         return f"'{folder}' is not a folder (looked in {os.getcwd()})"
+    indexes = [path for path in _files(folder) if os.path.basename(path) == "index.json"]
+    if missing := next(filter(None, map(mds.complaint, indexes)), None):
+        return missing
     if local(folder):
         return None
-    if os.path.isfile(os.path.join(folder, "index.json")):
-        return f"'{folder}' holds MosaicML shards (MDS), which are not read; save them as parquet or tar"
     if images.list_images(folder):
         return f"'{folder}' holds pictures and no shards; leave --streaming out, or pack them into shards"
-    return f"'{folder}' holds no *.parquet or *.tar"
+    return f"'{folder}' holds no *.parquet, *.tar or *.mds"
 
 
 def of_hub(name: str, config: str | None, split: str, cache_dir: str | None) -> list[str]:
@@ -129,7 +132,7 @@ class Shards(Sequence):
         try:
             if self._reader is None or self._reader[:3] != here:
                 self._reader = None
-                rows = self._tar(piece, start) if piece.group is None else self._parquet(piece, start)
+                rows = self._kind(piece.file)[1](piece, start)
             else:
                 rows = self._reader[3]
             found = list(itertools.islice(rows, count))
@@ -142,25 +145,30 @@ class Shards(Sequence):
         self._reader = (*here[:2], start + count, rows) if start + count < piece.rows else None
         return found
 
-    # Parquet
-
     def _pieces(self, file: str) -> list[Piece]:
         try:
-            if file.endswith(".tar"):
-                return [Piece(file, None, 0, sum(1 for _ in _groups(file)))]
             with _opened(file) as opened:
-                return self._row_groups(file, opened)
+                return self._kind(file)[0](file, opened)
         except (OSError, ValueError) as problem:  # pyarrow's are among them
             return errors.refuse(f"--streaming: '{file}' cannot be read: {problem}", errors.DATA)
+
+    def _kind(self, file: str) -> tuple[Callable, Callable]:
+        """How its pieces are found, and how one is read."""
+        kinds = {".tar": (self._whole_tar, self._tar), ".mds": (self._whole_mds, self._mds)}
+        return kinds.get(posixpath.splitext(file)[1], (self._row_groups, self._parquet))
+
+    def _check(self, file: str, names: Sequence[str]) -> None:
+        for option, column in (("--image_column", self.image_column), ("--caption_column", self._texts)):
+            if column not in names:
+                errors.refuse(f"{option} {column}: '{file}' has only the columns {', '.join(names)}")
+
+    # Parquet
 
     def _row_groups(self, file: str, opened) -> list[Piece]:
         import pyarrow.parquet
 
         table = pyarrow.parquet.ParquetFile(opened)
-        names = table.schema_arrow.names
-        for option, column in (("--image_column", self.image_column), ("--caption_column", self._texts)):
-            if column not in names:
-                errors.refuse(f"{option} {column}: '{file}' has only the columns {', '.join(names)}")
+        self._check(file, table.schema_arrow.names)
         counts = [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
         firsts = itertools.accumulate(counts, initial=0)
         return [Piece(file, group, first, rows) for group, (first, rows) in enumerate(zip(firsts, counts))]
@@ -184,7 +192,32 @@ class Shards(Sequence):
                         yield _row(piece, piece.first + done + row, pictures[row], texts[row])
                 done += batch.num_rows
 
+    # MDS
+
+    def _whole_mds(self, file: str, opened) -> list[Piece]:
+        header = mds.header(opened)
+        self._check(file, list(header.encodings))
+        wanted = (("--image_column", self.image_column, mds.PICTURES), ("--caption_column", self._texts, mds.TEXTS))
+        for option, column, known in wanted:
+            if header.encodings[column] not in known:
+                found = f"'{file}' holds it as {header.encodings[column]}"
+                errors.refuse(f"{option} {column}: {found}; {', '.join(known)} are read")
+        return [Piece(file, None, 0, header.rows)]
+
+    def _mds(self, piece: Piece, start: int) -> Iterator[Row]:
+        with _opened(piece.file) as opened:
+            header = mds.header(opened)
+            read = json.loads if header.encodings[self._texts] == "json" else str
+            for row in range(start, header.rows):
+                places = mds.places(opened, header, row)
+                data = _member(opened, places[self.image_column], LARGEST)
+                text = _text(_member(opened, places[self._texts], captions.LARGEST), read)
+                yield _row(piece, row, mds.picture(header.encodings[self.image_column], data), text)
+
     # Tar
+
+    def _whole_tar(self, file: str, opened) -> list[Piece]:
+        return [Piece(file, None, 0, sum(1 for _ in _groups(opened)))]
 
     def _tar(self, piece: Piece, start: int) -> Iterator[Row]:
         with _opened(piece.file) as opened:
@@ -223,11 +256,11 @@ def _opened(file: str):
     return fsspec.open(file, "rb").open()
 
 
-def _groups(file: str) -> Iterator[dict[str, tuple[int, int]]]:
+def _groups(opened) -> Iterator[dict[str, tuple[int, int]]]:
     """WebDataset's rows: members next to each other with one name up to its first dot; => what: (offset, bytes)."""
     import tarfile
 
-    with _opened(file) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
+    with tarfile.open(fileobj=opened, mode="r:") as tar:
         key, members = None, {}
         for member in tar:
             tar.members = []  # it would keep them all
@@ -250,7 +283,8 @@ def _groups(file: str) -> Iterator[dict[str, tuple[int, int]]]:
 
 @functools.lru_cache(maxsize=2)
 def _index(file: str) -> list[dict[str, tuple[int, int]]]:
-    return list(_groups(file))
+    with _opened(file) as opened:
+        return list(_groups(opened))
 
 
 def _member(opened, place: tuple[int, int], largest: int) -> bytes:
@@ -267,5 +301,5 @@ def _member(opened, place: tuple[int, int], largest: int) -> bytes:
 def _text(data: bytes, read: Callable):
     try:
         return read(data.decode("utf-8-sig").strip())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

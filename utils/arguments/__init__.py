@@ -137,7 +137,7 @@ def add_dreambooth_data(parser: argparse.ArgumentParser) -> None:
 def add_captioned_data(parser: argparse.ArgumentParser) -> None:
     add = group(parser, "Captioned pictures")
     _add_captioned(add)
-    help = "read rows of parquet or tar shards when training comes to them, from a folder or the hub; bounded memory"
+    help = "read rows of parquet, tar or MDS shards when training comes to them, in bounded memory; a folder or the hub"
     add("streaming", flag, False, help)
     add("shuffle_buffer", whole(1), 1000, "rows of a stream that are mixed, and kept in memory")
     add("max_train_samples", whole(1), None, "train on so many pictures, drawn by the seed", unset="all")
@@ -164,7 +164,7 @@ def add_precompute(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_captioned(add) -> None:
-    add("train_data_dir", folder, None, "folder of pictures; metadata.jsonl, metadata.csv or name.txt hold captions")
+    add("train_data_dir", folder, None, "folder of pictures; metadata.jsonl, .csv, .parquet or name.txt hold captions")
     add("dataset_name", folder, None, "a Hugging Face dataset (hub name or folder) instead of --train_data_dir")
     add("dataset_config_name", text, None, "configuration of that dataset")
     add("dataset_split", text, "train", "split of that dataset")

@@ -126,7 +126,7 @@ def folder(
     prompt: str | None = None,  # for pictures without a caption of their own
     captions: bool = True,  # False: every picture gets the prompt
     is_class: bool = False,
-    caption_column: str | None = None,  # of metadata.jsonl or .csv
+    caption_column: str | None = None,  # of metadata.jsonl, .csv or .parquet
     on_bad_image: str = "error",  # "skip": leave out what cannot be decoded
     share: Callable | None = None,  # as in `captioned`
     **words: str | None,  # identifier, class_noun: what placeholders in captions stand for
