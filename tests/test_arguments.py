@@ -357,7 +357,7 @@ TOLD = """pretrained_model_name_or_path revision concepts_list concepts
     lora_alpha use_dora lora_target_modules adapter use_rslora lokr_factor init_lora_weights loraplus_lr_ratio
     lora_conv_rank lora_unet_blocks quantize_base train_batch_size gradient_accumulation_steps seed optimizer
     use_8bit_adam snr_gamma noise_offset prediction_type dream_training use_ema mixed_precision
-    use_pdm_loss pdm_loss_weight pdm_layer pdm_inversion_steps mask_dm mask_pdm mask_prior"""
+    use_pdm_loss pdm_loss_weight pdm_layer pdm_inversion_steps pdm_targets mask_dm mask_pdm mask_prior"""
 # What may change between two sessions: how long and how fast a run learns, where and how it is computed and told.
 CHANGEABLE = """config dry_run allow_pickle cache_dir repeats on_bad_image precomputed_dir
     dataloader_num_workers sample_batch_size

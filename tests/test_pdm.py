@@ -1,7 +1,10 @@
 """PDMBooth: the bank of queries, the loss against it, and the two scripts as their users call them."""
 
 import contextlib
+import itertools
+import os
 import shlex
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -46,28 +49,51 @@ def test_a_tap_costs_nothing_when_off():
 @pytest.mark.parametrize("steps", [1, 7, 1000])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_inversion_of_a_network_that_always_sees_the_same_noise(steps, kind):
-    """Then x_t = √ᾱ x0 + √(1-ᾱ) ε exactly, however few the steps; every timestep is asked once, the first one twice."""
+    """Then x_t = √ᾱ x0 + √(1-ᾱ) ε exactly, however few the steps, on the way there and back; every timestep is asked
+    once, the first one twice, and on the way back all but the last once more."""
     clean, noise_, table = torch.randn(2, 4, 4, 4).double(), torch.randn(2, 4, 4, 4).double(), alphas()
-    timesteps, asked, seen = pdm.timesteps_of(steps, 1000), [], []
+    timesteps, asked = pdm.timesteps_of(steps, 1000), []
 
     def predict(at, t):
-        asked.append((t, at))
+        asked.append(t)
         signal, sigma = table[t].sqrt(), (1 - table[t]).sqrt()
         return {"epsilon": noise_, "v_prediction": signal * noise_ - sigma * clean, "sample": clean}[kind]
 
-    last = pdm.invert(predict, clean, table, timesteps, kind, seen.append)
+    there = list(pdm.invert(predict, clean, table, timesteps, kind))
+    assert asked == [timesteps[0], *timesteps] and [number for number, _ in there] == list(range(steps))
+    asked.clear()
+    back = list(pdm.invert(predict, clean, table, timesteps, kind, back=True))
+    assert asked == [timesteps[0], *timesteps, *timesteps[-2::-1]]
+    assert [number for number, _ in back] == list(range(steps))[::-1]
     if kind == "epsilon":
-        for t, at in asked[1:]:
+        for number, at in there + back:
+            t = timesteps[number]
             assert torch.allclose(at, table[t].sqrt() * clean + (1 - table[t]).sqrt() * noise_, atol=1e-9)
-    assert torch.equal(last, asked[-1][1]) and seen == list(range(steps))
-    assert [t for t, _ in asked] == [timesteps[0], *timesteps]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 50])
+def test_the_way_there_and_back_of_a_linear_network(steps):
+    """Equation 14 of DDIM: x/√ᾱ moves by the change of √(1-ᾱ)/√ᾱ times the noise seen where it stands."""
+    table, timesteps = alphas(), pdm.timesteps_of(steps, 1000)
+    clean, factor = torch.randn(1, 4, 2, 2).double(), {t: 0.2 + 0.7 * t / 1000 for t in timesteps}
+    root, level = table.sqrt().tolist(), ((1 - table) / table).sqrt().tolist()
+    scaled = [1 + level[timesteps[0]] * factor[timesteps[0]]]  # x_t / √ᾱ_t as a multiple of the photo
+    for t, u in [*itertools.pairwise(timesteps), *itertools.pairwise(timesteps[::-1])]:
+        scaled.append(scaled[-1] + (level[u] - level[t]) * factor[t] * root[t] * scaled[-1])
+
+    def found(back):
+        return dict(pdm.invert(lambda at, t: factor[t] * at, clean, table, timesteps, back=back))
+
+    for number, t in enumerate(timesteps):
+        assert torch.allclose(found(False)[number], scaled[number] * root[t] * clean)
+        assert torch.allclose(found(True)[number], scaled[2 * steps - 2 - number] * root[t] * clean)
 
 
 def test_inversion_follows_the_flow_of_a_gaussian():
     """Of data N(0, s²) the noise is known in closed form, and so is the way: x_t = x0 √(ᾱ s² + 1 - ᾱ) / s."""
     clean, table, spread = torch.randn(1, 4, 4, 4).double(), alphas(), 0.7
 
-    def error(steps, kind="epsilon"):
+    def error(steps, kind="epsilon", back=False):
         timesteps = pdm.timesteps_of(steps, 1000)
 
         def predict(at, t):
@@ -76,12 +102,13 @@ def test_inversion_follows_the_flow_of_a_gaussian():
                 return (found - (1 - table[t]).sqrt() * at) / table[t].sqrt()
             return found
 
-        last = pdm.invert(predict, clean, table, timesteps, kind)
-        end = table[timesteps[-1]]
+        *_, (number, last) = pdm.invert(predict, clean, table, timesteps, kind, back)
+        end = table[timesteps[number]]
         return (last - clean * (end * spread**2 + 1 - end).sqrt() / spread).abs().max().item()
 
     assert error(1000) < error(100) < error(10) and error(1000) < 0.01
     assert error(100, "v_prediction") == pytest.approx(error(100), rel=0.2)
+    assert error(1000, back=True) < error(100, back=True) < error(10, back=True) and error(1000, back=True) < 0.02
 
 
 def test_timesteps_stand_for_all_of_them():
@@ -151,9 +178,9 @@ def test_targets_are_the_stock_networks_in_any_batch(sd1, photos, train, tmp_pat
     assert near < 5e-3 * float(tap.taken.abs().max())
 
 
-@pytest.mark.parametrize("model", ["sd1", "sdxl"])
-def test_each_photo_is_held_against_its_own_row(model, request, photos, tmp_path, monkeypatch):
-    """At the latents of the inversion and under its prompt, the untouched network asks what the bank holds."""
+@pytest.mark.parametrize("model, way_of", [("sd1", "inversion"), ("sd1", "reconstruction"), ("sdxl", "inversion")])
+def test_each_photo_is_held_against_its_own_row(model, way_of, request, photos, tmp_path, monkeypatch):
+    """At the latents on the way and under its prompt, the untouched network asks what the bank holds."""
     family = models.family_of(str(request.getfixturevalue(model)))
     family.load("cpu", torch.float32)
     examples = datasets.folder(photos, "a photo of dog")
@@ -169,7 +196,8 @@ def test_each_photo_is_held_against_its_own_row(model, request, photos, tmp_path
 
     monkeypatch.setattr(family, "predict", predict)
     concept = SimpleNamespace(class_prompt="a photo of dog")
-    bank = pdm.prepare(run, family, data, examples, [concept], pdm_inversion_steps=40, train_batch_size=3)
+    settings = {"pdm_inversion_steps": 40, "pdm_targets": way_of, "train_batch_size": 3}
+    bank = pdm.prepare(run, family, data, examples, [concept], **settings)
     heard = {}
     monkeypatch.setattr(family, "predict", lambda *more: heard.update(more[2]) or real(*more))
     batch = datasets.collate([data[position] for position in (3, 4, 5)])
@@ -206,6 +234,8 @@ def test_a_stale_or_foreign_bank_is_refused(train, photos, tmp_path, capsys):  #
         return capsys.readouterr().err
 
     assert "steps is 8, not 4" in refused(" --pdm_inversion_steps 4", "steps")
+    back = " --pdm_inversion_steps 8 --pdm_targets reconstruction"
+    assert "targets is inversion, not reconstruction" in refused(back, "back")
     said = refused(" --pdm_inversion_steps 8 --class_prompt 'a photo of cat'", "prompt")
     assert "prompt is a photo of dog, not a photo of cat" in said and "--save_pdm_fs" in said
     tiny.photo(99).save(photos / "photo-1.png")
@@ -219,6 +249,44 @@ def test_a_stale_or_foreign_bank_is_refused(train, photos, tmp_path, capsys):  #
     made[0].write_bytes(whole)
     (bank / "features_0.pt").write_bytes(b"pickle")
     assert "features_0.pt" in refused(" --pdm_inversion_steps 8", "foreign")
+
+
+def test_targets_of_the_way_back(train, photos, tmp_path, capsys):  # noqa: F811
+    """They turn where those of the way there end, and on a model that has learned they are near them for a while."""
+    options = f"{PDM.replace('steps 8', 'steps 20')} --max_train_steps 1 --save_pdm_fs --train_batch_size 1"
+    way = {}
+    for name in ("inversion", "reconstruction"):
+        folder = train("train_pdmbooth_lora", f"{options} --pdm_targets {name}", name, "toybox")
+        way[name] = {files.read_identity(path)["photo"]: path for path in (folder / "pdm_features").iterdir()}
+    said = capsys.readouterr().out
+    assert "in 21 evaluations" in said and "in 40 evaluations" in said
+    assert way["inversion"].keys() == way["reconstruction"].keys() and len(way["inversion"]) == 3
+    for photo, path in way["inversion"].items():
+        assert files.read_identity(path)["targets"] == "inversion"
+        there, back = (load_file(one)["queries"].float() for one in (path, way["reconstruction"][photo]))
+        assert torch.equal(there[19], back[19])  # the turning point
+        assert all(not torch.equal(there[k], back[k]) for k in range(19))
+        error = (there - back).square().mean((1, 2)) / there.square().mean((1, 2))
+        assert error[10:].max() < 0.01 < error[0]  # it builds up on the way
+
+
+def test_a_stop_ends_an_inversion_under_way(train, photos, tmp_path, monkeypatch):  # noqa: F811
+    """A thousand evaluations on a CPU are long: what was begun is left, and no half a file stays."""
+    from utils.models.latent_diffusion import LatentDiffusion
+
+    asked, real = [], LatentDiffusion.predict
+
+    def predict(*given):
+        asked.append(1)
+        if len(asked) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given)
+
+    monkeypatch.setattr(LatentDiffusion, "predict", predict)
+    with pytest.raises(SystemExit) as stopped:
+        train("train_pdmbooth_lora", PDM)
+    assert stopped.value.code == 143 and len(asked) == 3
+    assert not any((tmp_path / "run" / "pdm_features").iterdir())
 
 
 def test_a_file_is_whole_or_absent(tmp_path):

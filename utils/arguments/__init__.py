@@ -216,6 +216,8 @@ def add_pdm(parser: argparse.ArgumentParser, pdm_loss_weight: float = 0.1) -> No
     unset = "that of the published method, or the last one"
     add("pdm_layer", text, None, "which self-attention layer of the UNet", unset=unset)
     add("pdm_inversion_steps", whole(1), PDM_STEPS, "timesteps of the inversion, from which training draws")
+    help = "where targets are taken: on the way to the noise or, as published, on the way back, at twice the cost"
+    add("pdm_targets", choice("inversion", "reconstruction"), "inversion", help)
     add("features_data_dir", folder, None, "folder of targets computed before", unset="computed anew")
     help = "keep computed targets, in --features_data_dir or pdm_features/ of the output"
     add("save_pdm_fs", flag, False, help)

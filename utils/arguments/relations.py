@@ -61,6 +61,7 @@ NEEDS = {
     "pdm_loss_weight": "use_pdm_loss",
     "pdm_layer": "use_pdm_loss",
     "pdm_inversion_steps": "use_pdm_loss",
+    "pdm_targets": "use_pdm_loss",
     "mask_pdm": "use_pdm_loss",
     "features_data_dir": "use_pdm_loss",
     "save_pdm_fs": "use_pdm_loss",

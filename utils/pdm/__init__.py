@@ -45,6 +45,7 @@ def prepare(
     pdm_loss_weight: float = 0.1,
     pdm_layer: str | None = None,
     pdm_inversion_steps: int = 50,
+    pdm_targets: str = "inversion",  # or "reconstruction": on the way there, or on the way back
     mask_pdm: bool = False,
     unmasked_weight: float = 0.0,
     save_pdm_masks: bool = False,
@@ -74,6 +75,7 @@ def prepare(
         "zero_snr": family.rescale_betas_zero_snr,
         "layer": layer,
         "steps": pdm_inversion_steps,
+        "targets": pdm_targets,
         "size": dataset.size,
         "interpolation": dataset.interpolation,
         "alpha_background": dataset.alpha_background,
@@ -107,6 +109,7 @@ class Bank:
     def __init__(self, family, folder: Path, layer: str, identity: dict, prompts: dict, steps: int, count: int, seed):
         self.folder, self.identity, self.prompts, self.count, self.seed = folder, identity, prompts, count, seed
         self.timesteps = timesteps_of(steps, family.scheduler.config.num_train_timesteps)
+        self.back = identity["targets"] == "reconstruction"
         self.alphas_cumprod = family.scheduler.alphas_cumprod
         self.tap = Tap(family.unet, f"{layer}.to_q")
         self.masks: dict[str, torch.Tensor] = {}
@@ -173,7 +176,9 @@ class Bank:
         self.folder.mkdir(parents=True, exist_ok=True)
         share = missing[run.rank :: run.world]
         size = max(1, min(16, AT_ONCE // self.identity["size"] ** 2))
-        run.say(f"inverting {len(missing)} photos in {len(self.timesteps) + 1} evaluations for the PDM loss")
+        steps = len(self.timesteps)
+        evaluations = 2 * steps if self.back else steps + 1
+        run.say(f"inverting {len(missing)} photos in {evaluations} evaluations for the PDM loss")
         for start in range(0, len(share), size):
             if not run.interrupted:
                 self._fill(run, family, share[start : start + size])
@@ -190,26 +195,35 @@ class Bank:
             def predict(latents, t):
                 return family.predict(latents, torch.full((len(keys),), t, device=run.device), condition)
 
-            def visit(number):
-                queries = self.tap.taken
-                if not files:
-                    shape = (len(self.timesteps), *queries.shape[1:])
-                    self._check_room(len(keys), shape)
-                    files.extend(Writer(self.path(key), self.identity_of(key), shape) for key in keys)
-                if not torch.isfinite(queries).all() or queries.abs().max() > torch.finfo(torch.float16).max:
-                    errors.refuse("the PDM targets are no numbers that fit into fp16", errors.FAILED)
-                for file, row in zip(files, queries.to("cpu", torch.float16)):
-                    file.rows[number] = row.numpy()
-
+            way = invert(
+                predict,
+                family.latents(batch, None),
+                self.alphas_cumprod,
+                self.timesteps,
+                self.identity["prediction_type"],
+                back=self.back,
+            )
             try:
                 with self.tap:
-                    latents, alphas = family.latents(batch, None), family.scheduler.alphas_cumprod
-                    invert(predict, latents, alphas, self.timesteps, self.identity["prediction_type"], visit)
+                    for number, _ in way:
+                        if run.interrupted:
+                            return
+                        self._keep(number, self.tap.taken, keys, files)
                 for file in files:
                     file.finish()
             finally:
                 for file in files:
                     file.drop()
+
+    def _keep(self, number: int, queries: torch.Tensor, keys: Sequence[str], files: list[Writer]) -> None:
+        if not files:
+            shape = (len(self.timesteps), *queries.shape[1:])
+            self._check_room(len(keys), shape)
+            files.extend(Writer(self.path(key), self.identity_of(key), shape) for key in keys)
+        if not torch.isfinite(queries).all() or queries.abs().max() > torch.finfo(torch.float16).max:
+            errors.refuse("the PDM targets are no numbers that fit into fp16", errors.FAILED)
+        for file, row in zip(files, queries.to("cpu", torch.float16)):
+            file.rows[number] = row.numpy()
 
     def _check_room(self, count: int, shape: tuple) -> None:
         needed, free = 2 * count * shape[0] * shape[1] * shape[2], shutil.disk_usage(self.folder).free

@@ -1,6 +1,6 @@
 """The queries of one layer: how they are taken, how a photo gets to the bank's timesteps, how they are compared."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -37,23 +37,27 @@ def invert(
     alphas_cumprod: torch.Tensor,
     timesteps: Sequence[int],  # rising
     prediction_type: str = "epsilon",
-    visit: Callable = lambda number: None,  # called after each timestep's prediction
-) -> torch.Tensor:
+    back: bool = False,  # the way back to the photo is what is wanted: its reconstruction
+) -> Iterator[tuple[int, torch.Tensor]]:
     """x_t = √ᾱ_t x̂0 + √(1-ᾱ_t) ε̂ from one timestep to the next noisier one: Song et al. 2020 (arXiv 2010.02502),
-    equation 13, in the direction of noise. Returns the latents of the last timestep.
+    equation 12 without its noise, in the direction of noise and, if asked, back again.
 
-    Each timestep is predicted once, at latents that belong to it, so what is wanted of them needs no second pass.
+    Yields (number of a timestep, its latents) once for each, as soon as it was predicted. Each is predicted at latents
+    that belong to it, so the way there needs no second pass.
     """
     alphas = alphas_cumprod.double()
     signal, sigma = alphas.sqrt().tolist(), (1 - alphas).sqrt().tolist()
     at, first = latents, timesteps[0]
     clean, noise = latents, _parts(predict(latents, first), at, signal[first], sigma[first], prediction_type)[1]
-    for number, t in enumerate(timesteps):
+    numbers = range(len(timesteps))
+    way = [*numbers, *numbers[-2::-1]] if back else numbers  # the last timestep is the turning point
+    for step, number in enumerate(way):
+        t = timesteps[number]
         at = signal[t] * clean + sigma[t] * noise
         found = predict(at, t)
-        visit(number)
+        if step >= len(way) - len(numbers):
+            yield number, at
         clean, noise = _parts(found, at, signal[t], sigma[t], prediction_type)
-    return at
 
 
 def _parts(found, at, signal: float, sigma: float, prediction_type: str) -> tuple[torch.Tensor, torch.Tensor]:
