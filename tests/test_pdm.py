@@ -187,6 +187,7 @@ def test_each_photo_is_held_against_its_own_row(model, way_of, request, photos, 
     data = datasets.DreamBooth(examples, size=64)
     run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, rank=0, world=1, is_main=True, seed=5)
     run.output_dir, run.interrupted, run.say, run.barrier = tmp_path, False, print, lambda: None
+    run.compiles = False
     run.phase = lambda name: contextlib.nullcontext()
     way, real = {}, family.predict
 
@@ -338,6 +339,22 @@ def test_split_batches_and_saved_activations_change_nothing(train, class_photos)
     assert losses(less)[0] < losses(whole)[0]
     one, other = weights(whole), weights(parts)
     assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
+
+
+def test_compiled_it_learns_the_same(train, monkeypatch):  # noqa: F811
+    """A hook is traced with what it keeps, and inside a checkpoint that would be lost. Of the compiler only graphs and
+    their backward: what inductor makes of them is too slow to wait for."""
+    options = f"{PDM} --max_train_steps 2 --train_batch_size 2 --pdm_loss_weight 5"
+    eager = train("train_pdmbooth_lora", options, "eager")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = train("train_pdmbooth_lora", f"{options} --gradient_ckpting", "compiled")
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
+    one, other = weights(eager), weights(compiled)
+    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 1 and not torch._dynamo.utils.counters["graph_break"]  # nothing fell back
 
 
 @BOTH

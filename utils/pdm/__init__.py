@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from utils import errors, noise, precomputed, randomness, targets, validation
-from utils.pdm.features import Tap, difference, invert, timesteps_of
+from utils.pdm.features import Tap, difference, invert, keep_activations, timesteps_of
 from utils.pdm.files import Writer, name_of, read_identity
 
 FORMAT = 1
@@ -100,6 +100,8 @@ def prepare(
             bank.fill(run, family, missing)
             run.barrier()
     bank.open(wait=run.interrupted)
+    if run.compiles:
+        keep_activations(family.unet, layer)
     return bank
 
 

@@ -26,6 +26,17 @@ class Tap:
         self.taken = output
 
 
+def keep_activations(module: torch.nn.Module, layer: str) -> None:
+    """The smallest block around `layer` that would compute its activations twice keeps them: what is taken inside a
+    checkpoint gets lost when that is compiled."""
+    parts = layer.split(".")
+    around = [module.get_submodule(".".join(parts[:stop])) for stop in range(len(parts), 0, -1)]
+    for block in around:
+        if getattr(block, "gradient_checkpointing", False):
+            block.gradient_checkpointing = False
+            return
+
+
 def timesteps_of(steps: int, total: int) -> list[int]:
     """`steps` of `total` timesteps, each in the middle of what it stands for."""
     return [(2 * k + 1) * total // (2 * steps) for k in range(steps)]

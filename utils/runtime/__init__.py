@@ -175,6 +175,11 @@ class Run:
     # Stopping
 
     @property
+    def compiles(self) -> bool:
+        """torch.compile works on what learns, by our option or by accelerate's own settings."""
+        return self.accelerator.state.dynamo_plugin.backend.value != "NO"
+
+    @property
     def interrupted(self) -> bool:
         """This process was asked to stop: long phases look here and break off. Others may not know of it yet."""
         return self.stop.requested()
