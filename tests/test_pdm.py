@@ -327,6 +327,29 @@ def test_the_gradient_reaches_the_layer_and_nothing_after_it(train, sd1):  # noq
     assert learned == {f"{layer}.to_q"}  # it is the first attention layer
 
 
+@pytest.mark.parametrize(
+    "more, on_it",
+    [("--use_dora", True), ("--lora_target_modules to_k,to_v", False), ("--lora_unet_blocks down_blocks.0", False)],
+)
+def test_adapters_on_the_layer_and_elsewhere(train, more, on_it):  # noqa: F811
+    """The queries are those of the layer with its adapter, and follow every adapter before it."""
+    options = f"{PDM.replace('--use_inst_loss', '')} --max_train_steps 2 --train_batch_size 2 {more}"
+    still = losses(train("train_pdmbooth_lora", f"{options} --lr 1e-30", "still"))
+    learned = train("train_pdmbooth_lora", f"{options} --lr 1e-2 --adam_weight_decay 0", "learned")
+    assert losses(learned)[0] == still[0] and losses(learned)[1] < still[1]
+    moved = {name.split("unet.")[1].rsplit(".lora", 1)[0]: w.any() for name, w in weights(learned).items()}
+    assert moved.pop(f"{LAST}.to_q", False) == on_it
+    assert any(moved.values())
+
+
+@pytest.mark.parametrize("batch, layer, shape", [(1, "mid_block", (25, 16)), (4, "down_blocks.0", (100, 8))])
+def test_a_size_that_does_not_halve_to_the_end(train, batch, layer, shape):  # noqa: F811
+    options = f"{PDM} --resolution 80 --train_batch_size {batch} --max_train_steps 2 --save_pdm_fs"
+    folder = train("train_pdmbooth", f"{options} --pdm_layer {layer}.attentions.0.transformer_blocks.0.attn1")
+    assert {load_file(path)["queries"].shape for path in (folder / "pdm_features").iterdir()} == {(8, *shape)}
+    assert len(losses(folder)) == 2
+
+
 def test_split_batches_and_saved_activations_change_nothing(train, class_photos):  # noqa: F811
     options = f"{PDM} --max_train_steps 2 --pdm_loss_weight 5 --use_prior_loss --cls_data_dir {class_photos}"
     options += " --num_cls_imgs 4"
