@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_exactness import Killed, stop  # noqa: F401 - a fixture
 from test_scripts import losses, same, train, weights  # noqa: F401 - train is a fixture
 
-from utils import datasets, models, noise, pdm, randomness, targets
+from utils import arguments, datasets, models, noise, pdm, randomness, targets
 from utils.pdm import features, files
 
 BOTH = pytest.mark.parametrize("script", ["train_pdmbooth", "train_pdmbooth_lora"])
@@ -424,7 +424,7 @@ FULL += " --sample_batch_size=3 --val_prompt='a dog' --num_val_imgs=1"
     "model, more, batch, size",
     [
         ("sd1", "", 1, 64),
-        ("sd2", PRIOR + " --use_inst_loss --precompute_text_embeds", 2, 64),
+        ("sd2", PRIOR + " --precompute_text_embeds", 2, 64),
         ("sd1", FULL, 1, 128),
         ("sd2", FULL + " --train_text_encoder --gradient_ckpting", 2, 64),
         ("sdxl", FULL + " --mixed_precision=bf16", 2, 64),
@@ -448,6 +448,25 @@ def test_commands(script, model, more, batch, size, request, photos, tmp_path):
         shapes = {Image.open(path).size for path in (out / "pdm_masks").iterdir()}
         assert len(list((tmp_path / "bank").iterdir())) == 3 and shapes == {(size, size)}
         assert [path.name for path in classes.iterdir()] == ["photo-0.png"]  # what was drawn is gone
+
+
+@pytest.mark.parametrize(
+    "words, on",
+    [
+        ("", True),
+        ("--use_prior_loss --cls_data_dir=d --cls_prompt=c", True),
+        ("--use_pdm --cls_prompt=c", False),
+        ("--use_pdm --use_prior_loss --cls_data_dir=d --cls_prompt=c", False),
+        ("--use_pdm --use_inst_loss --cls_prompt=c", True),
+    ],
+)
+def test_the_loss_of_the_photos_is_off_only_beside_that_of_queries(words, on, capsys):
+    import train_pdmbooth_lora as script
+
+    base = "--pretrained_model_name_or_path=m --inst_data_dir=d --inst_prompt=p"
+    args = script.parse_args(shlex.split(f"{base} {words}"))
+    assert args.use_inst_loss is on and not capsys.readouterr().err
+    assert arguments.identity(args).get("use_inst_loss", True) is on
 
 
 @BOTH
@@ -487,6 +506,7 @@ def test_what_cannot_be_honoured_is_refused(photos, sd1, tmp_path, capsys):
     assert "choose one of down_blocks.0" in said and "the model has 1000 timesteps" in said
     assert "no photo has a mask" in refused("--mask_pdm --use_pdm --cls_prompt=c --resolution=64")
     assert "in-painting" in refused_inpainting(sd1, tmp_path, refused)
+    assert "nothing is learned of the subject" in refused("--use_inst_loss=no")
     args = script.parse_args(shlex.split(base))
     assert args.use_inst_loss and not args.use_pdm_loss and args.tracker_project_name == "PDMBooth"
     assert script.parse_args(shlex.split(f"{base} --masked_loss")).mask_dm

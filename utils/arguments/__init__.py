@@ -203,8 +203,9 @@ def add_masks(parser: argparse.ArgumentParser) -> None:
 
 
 def add_pdm(parser: argparse.ArgumentParser, pdm_loss_weight: float = 0.1) -> None:
-    add = group(parser, "Losses of PDMBooth (https://github.com/Orimalca/PDMBooth); none of the three given: the first")
-    add("use_inst_loss", flag, False, "learn from the photos as DreamBooth does; --use_prior_loss is the second")
+    add = group(parser, "Losses of PDMBooth (https://github.com/Orimalca/PDMBooth), beside --use_prior_loss")
+    unset = "yes, with --use_pdm_loss no"
+    add("use_inst_loss", flag, None, "learn from the photos as DreamBooth does", unset=unset)
     add(
         "use_pdm_loss",
         flag,

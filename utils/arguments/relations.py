@@ -171,10 +171,10 @@ def _data(args, has, misread: set[str], found: Findings) -> None:
 def _pdm(args, has, given: dict, misread: set[str], found: Findings) -> None:
     if "use_pdm_loss" not in args:
         return
-    if not (args.use_inst_loss or args.with_prior_preservation or args.use_pdm_loss):
-        args.use_inst_loss = True
-    elif not (args.use_inst_loss or args.use_pdm_loss):
-        found.warnings.append("--use_prior_loss alone teaches nothing of the subject; add --use_inst_loss")
+    if args.use_inst_loss is None:
+        args.use_inst_loss = not args.use_pdm_loss
+    if not (args.use_inst_loss or args.use_pdm_loss):
+        found.complaints.append("--use_inst_loss no without --use_pdm_loss: nothing is learned of the subject")
     if args.use_pdm_loss:
         rows = args.concepts_list if isinstance(args.concepts_list, list) else ()
         lacks = [f"concept {k} has no class_prompt" for k, row in enumerate(rows, 1) if not row.get("class_prompt")]
