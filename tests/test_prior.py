@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,8 @@ def family(pipeline, name="base", revision=None, prediction_type=None):
         pipeline.dtype = dtype
         return pipeline
 
-    return SimpleNamespace(name=name, revision=revision, prediction_type=prediction_type, pipeline_from_disk=from_disk)
+    own = {"name": name, "revision": revision, "prediction_type": prediction_type, "clip_skip": 0}
+    return SimpleNamespace(**own, pipeline_from_disk=from_disk, words_for=lambda drawing, prompts: {"prompt": prompts})
 
 
 def fill(folder, count=5, run=None, pipeline=None, prompt="a photo of dog", name="base", kind=None, **options):
@@ -163,9 +165,7 @@ def test_images_of_another_prompt_or_model_are_refused(tmp_path, capsys, other):
 def test_enough_pictures_of_the_owner_need_no_model(tmp_path):
     for number in range(3):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
-    found = prior.fill(
-        Run(), SimpleNamespace(name="x", revision=None, prediction_type=None), tmp_path, prompt="p", count=3
-    )
+    found = prior.fill(Run(), family(None), tmp_path, prompt="p", count=3)
     assert len(found) == 3 and not (tmp_path / prior.SIDECAR).exists()
 
 
@@ -196,6 +196,40 @@ def test_a_real_pipeline(sd1, tmp_path, monkeypatch):
     for one, other in zip(found, alone, strict=True):
         difference = images.to_tensor(images.open_rgb(one)) - images.to_tensor(images.open_rgb(other))
         assert difference.abs().max() < 0.02, "the batch size changes rounding only"
+
+
+def test_the_class_prompt_is_heard_as_in_training(sd1, sd2, tmp_path, monkeypatch, capsys):
+    """--clip_skip: as by encoders without their last layer. The noise schedule is the one the model has learned."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from utils import models
+
+    monkeypatch.undo()  # the real solver
+    monkeypatch.setattr(prior, "STEPS", 2)
+    config = CLIPTextConfig.from_pretrained(sd1 / "text_encoder", num_hidden_layers=4)
+    encoder = CLIPTextModel(config)
+    for layers in (4, 3):
+        folder = shutil.copytree(sd1, tmp_path / f"layers{layers}")
+        inner = getattr(encoder, "text_model", encoder)
+        inner.encoder.layers = inner.encoder.layers[:layers]
+        encoder.config.num_hidden_layers = layers
+        encoder.save_pretrained(folder / "text_encoder")
+
+    def drawn(name, model, **how):
+        base = models.family_of(str(model), **how)
+        return hashes(prior.fill(Run(), base, tmp_path / name, prompt="a photo of dog", count=2))
+
+    skipped = drawn("skipped", tmp_path / "layers4", clip_skip=1)
+    assert skipped == drawn("shorter", tmp_path / "layers3") != drawn("whole", tmp_path / "layers4")
+    with pytest.raises(SystemExit):
+        prior.fill(
+            Run(), models.family_of(str(tmp_path / "layers4")), tmp_path / "skipped", prompt="a photo of dog", count=3
+        )
+    assert "drawn for clip_skip 1, and this run has None" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        drawn("too many", sd1, clip_skip=2)
+    assert "--clip_skip 2" in capsys.readouterr().err
+    assert drawn("own", sd2) == drawn("rescaled", sd2, rescale_betas_zero_snr=True)
 
 
 TWO = """

@@ -41,13 +41,8 @@ def pipeline(
 
 def words(drawing, base: saved.Base, prompts: list[str], negative: str | None) -> dict:
     """What the pipeline is called with. A run with --clip_skip is drawn from by the encoders as it trained them."""
-    if not base.clip_skip:
-        return {"prompt": prompts, "negative_prompt": negative or None}
     family = models.family_of(base.name, base.revision, base.variant, clip_skip=base.clip_skip)
-    family.device = drawing.device
-    for part in (*family.names, *family.tokenizers):
-        setattr(family, part, getattr(drawing, part))
-    return family.sampling_prompts(prompts, negative or "")
+    return family.words_for(drawing, prompts, negative or "")
 
 
 def add_embeddings(drawing, embeddings: Sequence[saved.Embeddings], base_name: str) -> None:

@@ -42,6 +42,7 @@ def fill(
     wanted = {name: folder / name for name, _ in zip(names, range(count - len(mine)))}
     identity = {"prompt": prompt, "model": family.name, "revision": family.revision, "guidance_scale": guidance}
     identity["prediction_type"] = family.prediction_type  # None, as in older records: the model's own
+    identity["clip_skip"] = family.clip_skip or None
     if wanted and ours:
         _refuse_strangers(folder, record, identity, len(ours))
     missing = [name for name in wanted if name not in ours]
@@ -166,11 +167,11 @@ def _draw(
             # On the CPU, so that one seed means one image on every machine.
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             drawn = pipeline(
-                prompt=[prompt] * len(names),
                 generator=generators,
                 num_inference_steps=STEPS,
                 guidance_scale=guidance,
                 **size,
+                **family.words_for(pipeline, [prompt] * len(names)),
                 **validation.canvas(pipeline, len(names)),
             ).images
             for name, picture in zip(names, drawn, strict=True):

@@ -1,9 +1,9 @@
 """Which family a model belongs to. A family hides what differs between networks behind the same few methods.
 
 Every family has: load, posterior, latents, encode_prompts, cache_prompts, condition, predict, sampling_prompts,
-pipeline, pipeline_from_disk, configure, save_pipeline, use, and the attributes label, names, encoders, lora_targets,
-trainable, scheduler, resolution_default, side_factor, latent_channels, prompt_limit, caches_latents, stored_prompts,
-abstractions, settled.
+pipeline, pipeline_from_disk, words_for, configure, save_pipeline, use, and the attributes label, names, encoders,
+lora_targets, trainable, scheduler, resolution_default, side_factor, latent_channels, prompt_limit, caches_latents,
+stored_prompts, abstractions, settled.
 """
 
 import importlib

@@ -424,8 +424,24 @@ class LatentDiffusion:
             pipeline = self.pipeline_class.from_pretrained(self.path, **options)
         except UNREADABLE as problem:
             self._refuse(self.name, "pipeline", problem)
-        self._as_trained(pipeline.scheduler)
+        if self.prediction_type:  # and its own noise schedule, whatever training's: it has learned no other
+            pipeline.scheduler.register_to_config(prediction_type=self.prediction_type)
         return pipeline
+
+    def words_for(self, pipeline, prompts: Sequence[str], negative: str = "") -> dict:
+        """Keyword arguments for a call of any pipeline of this family, which then hears the layers that training does.
+
+        Stock pipelines would skip layers for what is wanted only, and that of SD not at all under transformers 5.
+        """
+        if not self.clip_skip:
+            return {"prompt": list(prompts)} | ({"negative_prompt": negative} if negative else {})
+        family = copy.copy(self)
+        family.device = pipeline.device
+        for part in (*self.names, *self.tokenizers):
+            setattr(family, part, getattr(pipeline, part))
+        for name in self.encoders:
+            self._with_layers_to_skip(getattr(pipeline, name))
+        return family.sampling_prompts(prompts, negative)
 
     def save_pipeline(self, folder: str | Path, skip_text_encoder: bool = False) -> None:
         """A stock pipeline folder: what learned from memory, the frozen rest from disk again in full precision."""
