@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from utils import images, prior, randomness
 
@@ -196,6 +197,38 @@ def test_a_real_pipeline(sd1, tmp_path, monkeypatch):
     for one, other in zip(found, alone, strict=True):
         difference = images.to_tensor(images.open_rgb(one)) - images.to_tensor(images.open_rgb(other))
         assert difference.abs().max() < 0.02, "the batch size changes rounding only"
+
+
+def test_only_what_was_drawn_is_removed(tmp_path, capsys):
+    folder = tmp_path / "class"
+    concepts = [SimpleNamespace(class_data_dir=str(folder))]
+    fill(folder, count=3)
+    prior.remove_drawn(concepts)
+    assert not folder.exists() and not capsys.readouterr().err
+    fill(folder, count=7)
+    drawn = [folder / f"class-0000{number}.png" for number in range(7)]
+    photo = Image.effect_noise((16, 16), 50).convert("RGB")
+    photo.save(drawn[0])  # the owner's own under a drawn one's name,
+    retouched = Image.open(drawn[1])  # one painted over by a program that keeps what the file says,
+    told = PngInfo()
+    told.add_text(prior.MARK, retouched.info[prior.MARK])
+    retouched.putpixel((3, 3), (1, 2, 3))
+    retouched.save(drawn[1], pnginfo=told)
+    with Image.open(drawn[2]) as picture:  # one of an older version, which left no mark,
+        picture.save(drawn[2])
+    drawn[3].write_bytes(drawn[4].read_bytes())  # a copy of another,
+    drawn[5].write_bytes(b"notes")
+    before = {path: path.read_bytes() for path in (*drawn[:4], drawn[5])}
+    record = json.loads((folder / prior.SIDECAR).read_text())
+    record["images"]["../photo.png"] = 0
+    (folder / prior.SIDECAR).write_text(json.dumps(record))
+    photo.save(tmp_path / "photo.png")
+    prior.remove_drawn(concepts)
+    said = capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.glob("class-*")} == before and (tmp_path / "photo.png").exists()
+    assert "class-00000.png, class-00001.png, class-00002.png and 2 more" in said and "--del_cls_imgs_dir" in said
+    with pytest.raises(SystemExit):  # what is left of them is still not passed off as another prompt's
+        fill(folder, count=9, prompt="a photo of cat")
 
 
 def test_the_class_prompt_is_heard_as_in_training(sd1, sd2, tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ always from the seed of k, whatever the batch size or number of processes, and a
 
 import contextlib
 import gc
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from utils import errors, images, randomness, validation
 
 SIDECAR = "class_images.json"
+MARK = "drawn"  # text in a file: what its pixels were when it was drawn
 STEPS = 25  # of DPM-Solver++, which needs half of what the default solvers do
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -87,15 +89,45 @@ def fill_all(run, family, concepts, resolution: int | None = None, **how) -> lis
 
 
 def remove_drawn(concepts) -> None:
-    """Deletes the class images that a script drew, and their folder once it is empty: never one of the owner's."""
+    """Deletes the class images that a script drew, and their folder once it is empty: never one of the owner's, even
+    where it has taken the name of a drawn one."""
     for folder in {Path(one.class_data_dir).expanduser() for one in concepts if one.class_data_dir}:
-        if names := _record(folder).get("images"):
-            for name in names:
-                if Path(name).name == name:  # a record is a file, and files can be edited
-                    (folder / name).unlink(missing_ok=True)
+        if not (record := _record(folder)).get("images"):
+            continue
+        left = {}
+        for name, seed in record["images"].items():
+            path = folder / name
+            if path.parent != folder:  # a record is a file, and files can be edited
+                continue
+            if _is_drawn(path, seed):
+                path.unlink()
+            elif path.exists():
+                left[name] = seed
+        if left:
+            _write(folder, record | {"images": left})
+            names = ", ".join(list(left)[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+            errors.warn(
+                f"--del_cls_imgs_dir leaves {names} in '{folder}': not as they were drawn, or by an old version"
+            )
+        else:
             (folder / SIDECAR).unlink()
             with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
+
+
+def _mark(picture, seed: int) -> str:
+    return hashlib.blake2b(f"{seed} {picture.size} ".encode() + picture.tobytes(), digest_size=16).hexdigest()
+
+
+def _is_drawn(path: Path, seed: int) -> bool:
+    """Whether a file holds the very pixels that were drawn from this seed, as only a drawn one says of itself."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            return MARK in picture.info and picture.info[MARK] == _mark(picture, seed)
+    except Exception:  # a broken file, or no picture at all
+        return False
 
 
 def _number(name: str) -> int:
@@ -151,6 +183,8 @@ def _draw(
     run, family, folder, prompt, share: dict[str, int], batch_size, guidance, precision, resolution, total
 ) -> None:
     """Draws {file name: seed}, this process's share of `total`; each file is complete or absent."""
+    from PIL.PngImagePlugin import PngInfo
+
     if precision in (None, "no"):
         precision = "fp16" if run.device.type in ("cuda", "xpu", "mps") else "fp32"
     pipeline = family.pipeline_from_disk(PRECISIONS[precision]).to(run.device)
@@ -174,9 +208,11 @@ def _draw(
                 **family.words_for(pipeline, [prompt] * len(names)),
                 **validation.canvas(pipeline, len(names)),
             ).images
-            for name, picture in zip(names, drawn, strict=True):
+            for name, seed, picture in zip(names, seeds, drawn, strict=True):
+                mark = PngInfo()
+                mark.add_text(MARK, _mark(picture, seed))
                 temporary = folder / f".{name}.tmp"  # hidden; what a kill leaves is overwritten by the next run
-                picture.save(temporary, "PNG")
+                picture.save(temporary, "PNG", pnginfo=mark)
                 os.replace(temporary, folder / name)
             run.say(f"class images: {min(run.world * (start + batch_size), total)}/{total}")
     del pipeline
