@@ -93,3 +93,27 @@ def test_every_result_says_where_it_comes_from():
     text = results.conditions(found)
     assert all(str(found[name]) in text for name in ("date", "processor", "threads", "python"))
     assert found["versions"]["torch"] in text
+
+
+def test_the_published_way_of_pdms_targets(sd1, photos, monkeypatch):
+    """One photo after the other, there and back, the queries of the way back in the order of their timesteps."""
+    import pdm_targets
+    import torch
+
+    monkeypatch.setattr(pdm_targets, "STEPS", 3)
+    monkeypatch.setitem(pdm_targets.MODELS, "toybox", (sd1, 64, 2))
+    monkeypatch.setattr(pdm_targets, "SUBJECT", photos)
+    family, data, examples = pdm_targets.prepared("toybox")
+    asked, real = [], family.predict
+
+    def predict(latents, timesteps, condition):
+        asked.append((len(latents), int(timesteps)))
+        return real(latents, timesteps, condition)
+
+    monkeypatch.setattr(family, "predict", predict)
+    layer, targets, kept = pdm_targets.published(family, data, examples)
+    assert asked == [(1, t) for t in (0, 1, 2, 3, 2, 1)] * 2
+    assert list(targets) == [example.key for example in examples] and kept == 2 * 3 * 64 * 8 * 4
+    rows = targets[examples[0].key]
+    assert rows.dtype == torch.float32 and rows.shape == (3, 64, 8)
+    assert not family.unet.get_submodule(f"{layer}.to_q")._forward_hooks
