@@ -278,8 +278,10 @@ def test_two_processes_averaged_or_sharded_are_one(tmp_path, sd1, photos, capsys
         files = sorted((tmp_path / name / "ema_snapshots").iterdir())
         assert [file.name for file in files][-2:] == ["step-000003-0.05.safetensors", "step-000003-0.1.safetensors"]
         for file in files:
-            kept = load_file(tmp_path / "one" / "ema_snapshots" / file.name)
-            torch.testing.assert_close(load_file(file), kept, rtol=1e-2, atol=2e-4)
+            mine, theirs = load_file(file), load_file(tmp_path / "one" / "ema_snapshots" / file.name)
+            assert mine.keys() == theirs.keys()
+            for key in (key for key in mine if not key.endswith("k_proj.bias")):  # nothing teaches it but rounding
+                torch.testing.assert_close(mine[key], theirs[key], rtol=1e-2, atol=2e-4)
 
     from diffusers import StableDiffusionPipeline
 
