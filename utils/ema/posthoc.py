@@ -65,8 +65,8 @@ def combine(stored: Sequence[Profile], wanted: Profile) -> tuple[np.ndarray, flo
     """(how much of each stored average makes the wanted one, the error of its profile relative to the profile's size).
 
     Least squares as in the paper's Algorithm 3, under the condition that the shares sum to 1: what training does not
-    move must come out as it is. Without it 20 snapshots give 0.987 of every weight at sigma_rel 0.25, and a
-    fine-tuned model differs from its base by less.
+    move must come out as it is. Without it 20 snapshots give 0.987 of every weight at sigma_rel 0.25, and fine-tuning
+    may change less.
     """
     if wanted in stored:
         return np.array([float(one == wanted) for one in stored]), 0.0
@@ -122,8 +122,8 @@ class PowerAverages:
     def snapshot(self, step: int) -> None:
         """A file for each average as after this step. All processes call it.
 
-        In fp32: fine-tuning moves weights by thousandths, fp16 rounds them by half a thousandth, and combining
-        snapshots of unlike signs magnifies what was rounded.
+        In fp32: fp16 rounds a weight by up to 1/2048 of it, which is much of what fine-tuning changes, and shares of
+        unlike sign magnify it.
         """
         interval = self.first.interval
         updates = step // interval
