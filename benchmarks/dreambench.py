@@ -386,8 +386,30 @@ def table(runs: list[Run]) -> str:
     import results
 
     head = ["method", "subjects x seeds", *names, "seconds", "GiB"]
+    text = results.table(head, rows)
+    if pairs := paired(found, names):
+        text += f"\n\nDifference from {pairs[0][0]}, subject by subject:\n\n"
+        text += results.table(["method", "subjects", *names], [row for _, row in pairs])
     missing = len(runs) - len(found)
-    return results.table(head, rows) + (f"\n\n{missing} of {len(runs)} runs are missing." if missing else "")
+    return text + (f"\n\n{missing} of {len(runs)} runs are missing." if missing else "")
+
+
+def paired(found: list[tuple[Run, dict]], names: list[str]) -> list[tuple[str, list]]:
+    """(first method, a row for each other method): subjects differ more than methods do, so they are compared with
+    themselves. Over the subjects and seeds that both have."""
+    methods = list(dict.fromkeys(run.method for run, _ in found))
+    of = {(run.method, run.subject, run.seed): told["scores"] for run, told in found}
+    rows = []
+    for method in methods[1:]:
+        both = [(who, seed) for one, who, seed in of if one == method and (methods[0], who, seed) in of]
+        cells = []
+        for name in names:
+            pairs = [(who, of[method, who, seed], of[methods[0], who, seed]) for who, seed in both]
+            values = [(who, one[name] - other[name]) for who, one, other in pairs if name in one and name in other]
+            cells.append(interval(by_subject(values), "+.3f") if values else "-")
+        if both:
+            rows.append((methods[0], [method, len({who for who, _ in both}), *cells]))
+    return rows
 
 
 def by_subject(values: list[tuple[str, float]]) -> list[float]:
@@ -397,12 +419,12 @@ def by_subject(values: list[tuple[str, float]]) -> list[float]:
     ]
 
 
-def interval(values: list[float]) -> str:
+def interval(values: list[float], form: str = ".3f") -> str:
     """Mean ± half of the 95 % interval by Student's t."""
     mean = statistics.fmean(values)
     if len(values) < 2:
-        return f"{mean:.3f}"
-    return f"{mean:.3f} ± {student(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
+        return f"{mean:{form}}"
+    return f"{mean:{form}} ± {student(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
 
 
 def student(freedom: int) -> float:

@@ -204,6 +204,19 @@ def test_the_published_layout_is_whole(bench):
     assert len({subject["name"] for subject in told["subjects"]}) == 30 and set(told) <= set(bench.KEYS)
 
 
+def test_methods_are_compared_subject_by_subject(bench, settings, tmp_path):
+    runs = bench.runs_of(bench.read(settings(seeds=[0, 1])), tmp_path)
+    scores = {("dreambooth", "dog"): (0.2, 0.4), ("pdmbooth", "dog"): (0.4, 0.8)}  # seeds
+    scores |= {("dreambooth", "cat"): (0.9, None), ("pdmbooth", "cat"): (1.0, 5.0)}  # what has no partner is left out
+    found = []
+    for run in runs:
+        value = scores.get((run.method, run.subject), (None, None))[run.seed]
+        found += [(run, {"scores": {"judge_i": value}})] if value is not None else []
+    half = 12.706 * statistics.stdev([0.3, 0.1]) / 2**0.5
+    assert bench.paired(found, ["judge_i"]) == [("dreambooth", ["pdmbooth", 2, f"+0.200 ± {half:.3f}"])]
+    assert bench.paired([one for one in found if one[0].method == "dreambooth"], ["judge_i"]) == []
+
+
 def test_means_are_over_subjects(bench):
     # Two seeds of one subject count as one subject.
     assert bench.by_subject([("dog", 1.0), ("cat", 5.0), ("dog", 3.0)]) == [2.0, 5.0]
