@@ -291,8 +291,8 @@ def print_plan(base, loras: list, modules: dict, learned: list, jobs: list, file
 
 def averaged(loras: list, modules: dict) -> list:
     """Checkpoints whose averaged weights are drawn with, as the finished result of their run would be."""
-    folders = dict.fromkeys([lora.file.parent for lora in loras] + [path.parent for path in modules.values()])
-    return [folder for folder in folders if (folder / "ema.safetensors").is_file()]
+    paths = [*(lora.file for lora in loras), *modules.values()]
+    return list(dict.fromkeys(path.parent for path in paths if saved.averaged(path) != path))
 
 
 def say_averaged(loras: list, modules: dict) -> None:

@@ -129,7 +129,7 @@ def main(args):
     schedule = optimizers.schedule(
         optimizer, args.lr_scheduler, args.lr_warmup_steps, total_steps, args.lr_num_cycles, args.lr_power
     )
-    average = call(ema.create, learns.named(), total_steps)
+    average = call(ema.create, learns, total_steps)
     corruption = call(noise.corruption_for, family.scheduler)
 
     # Resume from the newest checkpoint in the output folder, if that is asked for and there is one.

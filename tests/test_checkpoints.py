@@ -66,7 +66,7 @@ def test_save_and_resume(tmp_path):
 
 
 def test_dropped_averages_are_said(tmp_path, capsys):
-    averages = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1)  # anything with a state
+    averages = (lambda folder: (folder / "unet_ema").mkdir(), None)
     checkpoints.Checkpoints(tmp_path, state={"counter": counter()[1], "ema": averages}).save(2)
     assert resumed(tmp_path) == (2, 0)
     assert "add --use_ema" in capsys.readouterr().err
@@ -439,7 +439,7 @@ def test_nested_state_refuses_objects(tmp_path):
 def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path):
     train(tmp_path, total=2)
     files = sorted(path.name for path in (tmp_path / "checkpoint-2").iterdir())
-    assert files == ["ema.safetensors", "manifest.json", "optimizer.safetensors", "weights.safetensors"]
+    assert files == ["manifest.json", "optimizer.safetensors", "weights.safetensors", "weights_ema.safetensors"]
 
 
 # Exact
@@ -455,7 +455,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, optimizer):
     whole = nested.load(tmp_path / "straight" / "checkpoint-7" / "optimizer.safetensors")
     parts = nested.load(tmp_path / "parts" / "checkpoint-7" / "optimizer.safetensors")
     assert str(whole) == str(parts)
-    for name in ("weights", "ema", "optimizer"):
+    for name in ("weights", "weights_ema", "optimizer"):
         path = f"checkpoint-7/{name}.safetensors"
         assert (tmp_path / "straight" / path).read_bytes() == (tmp_path / "parts" / path).read_bytes()
     told = []

@@ -179,13 +179,13 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_only(train, tmp_path, capsy
     content = bytearray((newest / "optimizer.safetensors").read_bytes())
     content[-3] ^= 16
     (newest / "optimizer.safetensors").write_bytes(content)
-    (older / "ema.safetensors").unlink()
+    (older / "pytorch_lora_weights_ema.safetensors").unlink()
     for stray in ("checkpoint-10.bak", "checkpoint-tmp", "checkpoint-99x"):
         (tmp_path / "run" / stray).mkdir()
     assert train(f"{options} --resume_from_checkpoint latest") == 0
     said = capsys.readouterr()
     assert "checkpoint-3: skipped, optimizer.safetensors has changed" in said.err
-    assert "checkpoint-2: skipped, ema.safetensors is missing" in said.err
+    assert "checkpoint-2: skipped, pytorch_lora_weights_ema.safetensors is missing" in said.err
     assert "checkpoint-1 after step 1" in said.out
     assert same(tmp_path / "run", tmp_path / "whole")
     assert all(manifests.fault(path, "full") is None for _, path in manifests.listed(tmp_path / "run"))

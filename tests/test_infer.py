@@ -482,15 +482,13 @@ def test_the_vae_can_be_another(sd1, base_images, tmp_path):
 def test_a_checkpoint_is_drawn_with_its_averages(sd1, base_images, tmp_path, capsys):
     """As the final result of a run with --use_ema is; adapters and whole networks alike."""
     import torch
-    from safetensors.torch import load_file
 
     from utils import ema, learning, models
-    from utils.checkpoints import nested
 
     prompt = ["--prompt", "a photo of dog", *FAST, "--grid", "no"]
     averaged = make_lora(sd1, tmp_path / "averaged", seed=1, recorded=sd1)
     checkpoint = make_lora(sd1, tmp_path / "checkpoint-3", recorded=sd1)
-    nested.save(load_file(averaged / saved.LORA_FILE), checkpoint / "ema.safetensors")
+    shutil.copy(averaged / saved.LORA_FILE, checkpoint / "pytorch_lora_weights_ema.safetensors")
     one = draw(tmp_path / "one", "--checkpoint", checkpoint, *prompt)
     assert "checkpoint-3: drawn with its averaged weights" in capsys.readouterr().out
     assert json.loads(Image.open(one[0]).text["settings"])["averaged"] == "checkpoint-3"
@@ -499,14 +497,14 @@ def test_a_checkpoint_is_drawn_with_its_averages(sd1, base_images, tmp_path, cap
     family = models.family_of(str(sd1))
     family.load("cpu", torch.float32)
     learns = learning.full(family)
-    average = ema.Average(learns.named())  # the base model itself
+    average = ema.Average(learns)  # the base model itself
     with torch.no_grad():
         for weight in learns.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
     learns.save(tmp_path / "full" / "checkpoint-4")
     (tmp_path / "full" / "training_config.yaml").write_text(f"pretrained_model_name_or_path: {sd1}\n")
     raw = draw(tmp_path / "raw", "--checkpoint", tmp_path / "full" / "checkpoint-4", *prompt)
-    nested.save(average.state(), tmp_path / "full" / "checkpoint-4" / "ema.safetensors")
+    average.write(tmp_path / "full" / "checkpoint-4", average.state())
     mean = draw(tmp_path / "mean", "--checkpoint", tmp_path / "full" / "checkpoint-4", *prompt)
     assert np.abs(pixels(raw[0]) - pixels(base_images[0])).max() > 3
     assert np.abs(pixels(mean[0]) - pixels(base_images[0])).max() <= 1

@@ -173,7 +173,7 @@ def test_a_checkpoint_that_means_harm_is_refused(train, trap, capsys):  # noqa: 
     pickles, empty = pickle.dumps(Payload(trap)), b"\x02" + b"\0" * 7 + b"{}"
     for name, contents in (
         ("optimizer.safetensors", [pickles, empty]),
-        ("ema.safetensors", [empty]),
+        ("pytorch_lora_weights_ema.safetensors", [pickles, empty]),
         ("pytorch_lora_weights.safetensors", [pickles]),
     ):
         before = (whole / name).read_bytes()

@@ -78,6 +78,24 @@ def test_resumed_equals_uninterrupted_with_everything_on(train, script):
     assert "Validation loss" in (whole / "report.html").read_text()
 
 
+def test_averages_of_a_checkpoint_are_read_by_stock_diffusers(train, sd1):
+    """Under the name that diffusers' own script gives them; they are the weights that the run ends with."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers.training_utils import EMAModel
+
+    options = "--max_train_steps 2 --checkpointing_steps 2 --learning_rate 1e-3 --use_ema"
+    full = train("train_text_to_image", options, "full")
+    raw, final = (UNet2DConditionModel.from_pretrained(path / "unet") for path in (full / "checkpoint-2", full))
+    averaged = UNet2DConditionModel.from_pretrained(full / "checkpoint-2", subfolder="unet_ema")
+    assert equal(averaged.state_dict(), final.state_dict()) and not equal(averaged.state_dict(), raw.state_dict())
+    theirs = EMAModel.from_pretrained(full / "checkpoint-2" / "unet_ema", UNet2DConditionModel)
+    assert all(torch.equal(one, other) for one, other in zip(theirs.shadow_params, final.parameters(), strict=True))
+    lora = train("train_text_to_image_lora", options, "lora")
+    name = "pytorch_lora_weights_ema.safetensors"
+    assert equal(load_file(lora / "checkpoint-2" / name), learned("train_text_to_image_lora", lora))
+    StableDiffusionPipeline.from_pretrained(sd1).load_lora_weights(lora / "checkpoint-2", weight_name=name)
+
+
 def test_the_validation_loss_is_of_the_same_pictures_noise_and_weights(train):
     """Without training (a rate of next to nothing) it does not move, whatever the training draws."""
     one = train("train_text_to_image", "--max_train_steps 4 --learning_rate 1e-12 --validation_split 0.2"

@@ -37,11 +37,11 @@ class Learns:
     def named(self):
         return dict(self.net.named_parameters())
 
-    def save(self, folder):
-        save_file(self.net.state_dict(), str(Path(folder) / "weights.safetensors"))
+    def save(self, folder, mark=""):
+        save_file(self.net.state_dict(), str(Path(folder) / f"weights{mark}.safetensors"))
 
-    def load(self, folder):
-        self.net.load_state_dict(load_file(str(Path(folder) / "weights.safetensors")))
+    def load(self, folder, mark=""):
+        self.net.load_state_dict(load_file(str(Path(folder) / f"weights{mark}.safetensors")))
 
     def digest(self):
         parts = b"".join(p.detach().contiguous().numpy().tobytes() for p in self.parameters())
@@ -103,7 +103,7 @@ def train(
         learns.net[1].p = 0.0
     chosen = run.prepare(family, learns, make_optimizer(optimizer, learns.parameters()), fused_backward=fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: 1 / (1 + 0.1 * step))
-    average = ema.Average(learns.named())
+    average = ema.Average(learns)
     saved = checkpoints.Checkpoints(
         folder,
         state={

@@ -1,6 +1,5 @@
 """What infer.py draws with: a base model, networks of a checkpoint in place of its own, adapters, a refiner."""
 
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,8 +47,7 @@ def words(drawing, base: saved.Base, prompts: list[str], negative: str | None) -
 def add_embeddings(drawing, embeddings: Sequence[saved.Embeddings], base_name: str) -> None:
     """As diffusers adds them: new words of the tokenizers, new rows of the text encoders."""
     for one in embeddings:
-        found = load_file(one.file)
-        found |= {key: rows for key, rows in (saved.averages(one.file.parent) or {}).items() if key in found}
+        found = load_file(saved.averaged(one.file))
         for key, end in zip(saved.EMBEDDINGS_KEYS, ("", "_2")):
             if key not in found:
                 continue
@@ -69,14 +67,12 @@ def add_loras(drawing, loras: list[saved.Lora], base_name: str) -> None:
     loras = sorted(loras, key=lambda lora: not files.is_lycoris(lora.file))
     warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are what is asked for
     beside = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for number, lora in enumerate(loras):
-            file = saved.averaged_lora(lora.file, folder)
-            try:
-                if add_lora(drawing, lora, file, f"lora{number}"):
-                    beside[f"lora{number}"] = lora.scale
-            except (ValueError, RuntimeError, KeyError, IndexError) as problem:  # shapes or names of another network
-                refuse(f"--lora {lora.given} does not fit {base_name}: {str(problem).strip().splitlines()[0]}")
+    for number, lora in enumerate(loras):
+        try:
+            if add_lora(drawing, lora, saved.averaged(lora.file), f"lora{number}"):
+                beside[f"lora{number}"] = lora.scale
+        except (ValueError, RuntimeError, KeyError, IndexError) as problem:  # shapes or names of another network
+            refuse(f"--lora {lora.given} does not fit {base_name}: {str(problem).strip().splitlines()[0]}")
     if beside:
         drawing.set_adapters(list(beside), list(beside.values()))
 
@@ -129,11 +125,7 @@ def load_module(base: saved.Base, name: str, path: Path, dtype: torch.dtype) -> 
     """One network of a full checkpoint, of the class that the base model has in its place; averaged, if it can be."""
     cls = models.component_class(base.name, base.revision, name)
     try:
-        module = cls.from_pretrained(path, use_safetensors=True)
-        found = saved.averages(path.parent) or {}
-        for key, weight in module.named_parameters():
-            weight.data = found.get(f"{name}.{key}", weight.data)
-        return module.to(dtype)
+        return cls.from_pretrained(saved.averaged(path), use_safetensors=True).to(dtype)
     except (OSError, ValueError, RuntimeError) as problem:
         refuse(f"--checkpoint: {path} cannot be read as a {cls.__name__}: {str(problem).strip().splitlines()[0]}")
 

@@ -45,18 +45,18 @@ class Full:
     def describe(self) -> dict:
         return {"method": "full", "modules": sorted(self.modules)}
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, mark: str = "") -> None:
         """A folder for each network, as in a pipeline: `from_pretrained(..., subfolder="unet")` reads it."""
         for name, module in self.modules.items():
             # One file however large: load() below reads it by name.
-            module.save_pretrained(Path(folder, name), safe_serialization=True, max_shard_size="1TB")
+            module.save_pretrained(Path(folder, name + mark), safe_serialization=True, max_shard_size="1TB")
             if name.startswith("text_encoder"):
-                clip.with_prefix(Path(folder, name, WEIGHTS[name]))
+                clip.with_prefix(Path(folder, name + mark, WEIGHTS[name]))
 
-    def load(self, folder: str | Path) -> None:
+    def load(self, folder: str | Path, mark: str = "") -> None:
         """The exact inverse of save, in place: optimizers and wrappers keep pointing at the same weights."""
         for name, module in self.modules.items():
-            file = Path(folder, name, WEIGHTS[name])
+            file = Path(folder, name + mark, WEIGHTS[name])
             targets = module.state_dict()  # shares memory with the weights, so filling it fills them
             if name.startswith("text_encoder") and not any(key.startswith("text_model.") for key in targets):
                 targets = {f"text_model.{key}": target for key, target in targets.items()}
@@ -79,6 +79,8 @@ def groups(named, learning_rate, text_encoder_lr=None, weight_decay=0.01, text_e
 @torch.no_grad()
 def copy_from(file: str | Path, targets: dict[str, torch.Tensor]) -> None:
     """Fill `targets` from a safetensors file that must hold exactly them, by name and shape; nothing is guessed."""
+    if not Path(file).is_file():
+        errors.refuse(f"{file} is missing: what this run trains was saved with other options")
     with safe_open(str(file), framework="pt") as stored:
         there = set(stored.keys())
         wrong = [f"missing {key}" for key in targets.keys() - there]

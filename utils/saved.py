@@ -18,6 +18,7 @@ EMBEDDINGS_KEYS = ("clip_l", "clip_g")  # in it, the rows of the first text enco
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 CHANGED = ("prediction_type", "rescale_betas_zero_snr", "clip_skip")  # options of a run that are of its model
 MODULES = ("unet", "text_encoder", "text_encoder_2")  # what a full checkpoint can hold
+AVERAGED = "_ema"  # in a checkpoint, behind the names of files and networks that hold the averages of the others
 
 
 @dataclass
@@ -166,20 +167,16 @@ def checkpoint(name: str, wrong: list) -> Lora | dict | None:
     return modules or None
 
 
-def averages(checkpoint: Path) -> dict | None:
-    """{weight: its average} of a checkpoint whose run had --use_ema: what that run draws and saves in the end."""
-    file = checkpoint / "ema.safetensors"
-    if not file.is_file():
-        return None
-    from utils.checkpoints import nested
-
-    return nested.load(file)
+def marked(path: Path, mark: str) -> Path:
+    """unet, weights.safetensors => unet_ema, weights_ema.safetensors"""
+    return path.with_name(path.stem + mark + path.suffix)
 
 
-def averaged_lora(file: Path, folder: str) -> Path:
-    """The adapters to draw with: a copy in `folder` that holds the averages, where there are some."""
-    found = averages(file.parent)
-    return file if found is None else with_averages(file, found, Path(folder, LORA_FILE))
+def averaged(path: Path) -> Path:
+    """What to draw with: the averages beside a file or network of a checkpoint, where there are some, for they are
+    what its run draws and saves in the end."""
+    averages = marked(path, AVERAGED)
+    return averages if averages.exists() else path
 
 
 def with_averages(file: Path, averages: dict, target: Path) -> Path:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from utils import learning, randomness
-from utils.saved import EMBEDDINGS_FILE, EMBEDDINGS_KEYS
+from utils.saved import EMBEDDINGS_FILE, EMBEDDINGS_KEYS, marked
 
 
 class Embedding(torch.nn.Module):
@@ -79,13 +79,13 @@ class WithTokens:
     def describe(self) -> dict:
         return self.adapters.describe() | {"tokens": {word: "".join(names) for word, names in self.names.items()}}
 
-    def save(self, folder: str | Path, output_kohya_format: bool = False) -> None:
+    def save(self, folder: str | Path, output_kohya_format: bool = False, mark: str = "") -> None:
         """The adapters' files and one of fp32 rows; its header says which word stands for which tokens."""
-        self.adapters.save(folder, output_kohya_format)
+        self.adapters.save(folder, output_kohya_format, mark)
         rows = {key: weight.detach().cpu().contiguous() for key, weight in self.weights.items()}
         header = {"format": "pt", "tokens": json.dumps(self.names)}
-        save_file(rows, str(Path(folder, EMBEDDINGS_FILE)), metadata=header)
+        save_file(rows, str(marked(Path(folder, EMBEDDINGS_FILE), mark)), metadata=header)
 
-    def load(self, folder: str | Path) -> None:
-        self.adapters.load(folder)
-        learning.copy_from(Path(folder, EMBEDDINGS_FILE), self.weights)
+    def load(self, folder: str | Path, mark: str = "") -> None:
+        self.adapters.load(folder, mark)
+        learning.copy_from(marked(Path(folder, EMBEDDINGS_FILE), mark), self.weights)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from utils import errors, learning, quantize, randomness, sharded, tokens
+from utils import errors, learning, quantize, randomness, saved, sharded, tokens
 from utils import targets as names
 from utils.adapters import files, starts
 from utils.adapters.files import METADATA
@@ -317,27 +317,28 @@ class Adapters:
             header["base_model"] = header["ss_sd_model_name"] = self.base
         return header
 
-    def save(self, folder: str | Path, output_kohya_format: bool = False) -> None:
+    def save(self, folder: str | Path, output_kohya_format: bool = False, mark: str = "") -> None:
         """One file of fp32 weights for stock `load_lora_weights`, and one for A1111, ComfyUI and kohya if asked.
 
         LoHa and LoKr, which stock diffusers does not read, are named as in LyCORIS in both."""
         header = self.header(Path(folder).name)
-        files.save(self.weights(), Path(folder, FILE), header)
+        files.save(self.weights(), saved.marked(Path(folder, FILE), mark), header)
         if output_kohya_format:
             found, _ = files.read(Path(folder, FILE))
             # Alphas stand beside the weights there, and diffusers refuses a file that says them twice.
             header = {key: value for key, value in header.items() if key != METADATA}
             files.save(files.kohya(found), Path(folder, KOHYA_FILE), header)
 
-    def load(self, folder: str | Path) -> None:
+    def load(self, folder: str | Path, mark: str = "") -> None:
         """The exact inverse of save, in place; a file of other adapters is refused."""
+        file = saved.marked(Path(folder, FILE), mark)
         if not self._started():
             more = self._alphas() if self.kind != "lora" else {}
-            return learning.copy_from(Path(folder, FILE), self.named() | more)
+            return learning.copy_from(file, self.named() | more)
         stored = {key: torch.empty(weight.shape) for key, weight in self.named().items()}
         for _, _, (down, up) in self._started():
             stored[down], stored[up] = torch.cat([stored[down]] * 2, dim=0), torch.cat([stored[up]] * 2, dim=1)
-        learning.copy_from(Path(folder, FILE), stored)
+        learning.copy_from(file, stored)
         with torch.no_grad():
             for _, halves, keys in self._started():
                 for half, key, dim, sign in zip(halves, keys, (0, 1), (1, -1)):

@@ -41,8 +41,8 @@ class Checkpoints:
         self,
         output_dir,
         *,
-        state: dict,  # name -> (save(folder), load(folder)), or an object with state_dict / load_state_dict or
-        # state / restore, kept in name.safetensors, or a schedule, which is set to the step; None is left out
+        state: dict,  # name -> (save(folder), load(folder)), or an object with state_dict / load_state_dict, kept in
+        # name.safetensors, or with state / write / load, or a schedule, which is set to the step; None is left out
         identity: dict | None = None,  # what must be the same for a resume to be the same run
         keep: int | None = None,  # newest checkpoints that stay; None: all
         verify: str = "full",  # "sizes" reads no file before loading it
@@ -107,6 +107,8 @@ class Checkpoints:
             for name, entry in self.state.items():
                 if isinstance(entry, tuple):
                     entry[0](staged)
+                elif hasattr(entry, "write"):
+                    entry.write(staged, read[name])
                 elif read[name] is not None:
                     nested.save(read[name], staged / f"{name}.safetensors")
             manifests.write(staged, step, self.identity)
@@ -167,7 +169,7 @@ class Checkpoints:
                 )
         if _is_main():
             print(f"resumed from {folder} after step {step}", flush=True)
-            if (folder / "ema.safetensors").is_file() and "ema" not in self.state:
+            if any(folder.glob("*_ema*")) and "ema" not in self.state:
                 errors.warn(f"{folder} holds averaged weights, which are dropped; add --use_ema to go on with them")
             newer = [path.name for number, path in manifests.listed(self.folder) if number > step]
             if newer and which != "latest":
@@ -234,8 +236,8 @@ def _load_entry(name: str, entry, folder: Path, step: int) -> None:
             entry.last_epoch = step - 1
             entry.step()
         return
-    if isinstance(entry, tuple):
-        entry[1](folder)
+    if isinstance(entry, tuple) or hasattr(entry, "write"):
+        (entry[1] if isinstance(entry, tuple) else entry.load)(folder)
         return
     path = folder / f"{name}.safetensors"
     if not path.is_file():
@@ -244,8 +246,7 @@ def _load_entry(name: str, entry, folder: Path, step: int) -> None:
     if isinstance(entry, torch.optim.Optimizer):
         for group, now in zip(state["param_groups"], entry.param_groups):
             group.update({option: now[option] for option in OPTIONS if option in now})
-    restore = getattr(entry, "load_state_dict", None) or entry.restore
-    restore(state)
+    entry.load_state_dict(state)
 
 
 def _is_sharded(entry) -> bool:

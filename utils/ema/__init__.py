@@ -3,11 +3,13 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from utils import sharded
 from utils.ema import posthoc
+from utils.saved import AVERAGED
 
 
 class Average:
@@ -22,16 +24,16 @@ class Average:
 
     def __init__(
         self,
-        parameters: Mapping[str, torch.Tensor] | Iterable[torch.Tensor],  # learns.named() or learns.parameters()
+        learns,  # learning.Full, adapters.Adapters
         decay: float = 0.9999,
         offload: bool = False,  # keep the averages in main memory: slower, and frees one copy on the device
         power: float | None = None,
         interval: int = 1,  # optimizer steps between updates
         gamma: float | None = None,
+        mark: str = AVERAGED,  # behind the names of its files
     ):
-        if not isinstance(parameters, Mapping):
-            parameters = {str(number): weight for number, weight in enumerate(parameters)}
-        self.names, self.weights = list(parameters), list(parameters.values())
+        named = learns.named()
+        self.learns, self.mark, self.names, self.weights = learns, mark, list(named), list(named.values())
         self.decay, self.power, self.gamma = decay, power, gamma
         self.interval, self._swapped = interval, False
         self.averages = [w.detach().to("cpu" if offload else w.device, copy=True) for w in self.weights]
@@ -56,44 +58,55 @@ class Average:
     def swapped(self):
         """Inside, the networks hold the averages: to draw with them or to save them. Restored bit for bit after."""
         self._refuse_when_swapped("swapped")
-        self._exchange()
         self._swapped = True
         try:
-            yield self
+            with exchanged(self.weights, self.averages):
+                yield self
         finally:
-            self._exchange()
             self._swapped = False
-
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        for weight, average in zip(self.weights, self.averages):  # one at a time: no third copy of the whole model
-            kept = weight.detach().to(average.device, copy=True)
-            weight.copy_(average)
-            average.copy_(kept)
 
     def snapshot(self, step: int) -> None:
         """Of this average nothing is stored but in checkpoints."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Name -> average, for a safetensors file. All processes call it."""
+        """Name -> average, for `write`. All processes call it."""
         self._refuse_when_swapped("state")
         return {name: sharded.whole(average) for name, average in zip(self.names, self.averages)}
 
-    @torch.no_grad()
-    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """The exact inverse of state."""
-        self._refuse_when_swapped("restore")
-        if set(state) != set(self.names):
-            odd = sorted(set(state) ^ set(self.names))
-            raise ValueError(f"these averages belong to other weights: {', '.join(odd[:3])} stand on one side only")
-        for name, average in zip(self.names, self.averages):
-            if state[name].shape != average.shape:
-                raise ValueError(f"{name} is {tuple(state[name].shape)}, expected {tuple(average.shape)}")
-            average.copy_(sharded.part(state[name], average))
+    def write(self, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+        """Beside the weights of a checkpoint and in their format: unet_ema/, pytorch_lora_weights_ema.safetensors. The
+        main process alone calls it, while sharded weights are whole, and so others than those that are averaged."""
+        named = self.learns.named()
+        with exchanged([named[name] for name in state], state.values()):
+            self.learns.save(folder, mark=self.mark)
+
+    def load(self, folder: Path) -> None:
+        """The exact inverse of write. All processes call it."""
+        with self.swapped():
+            self.learns.load(folder, mark=self.mark)
 
     def _refuse_when_swapped(self, what: str) -> None:
         if self._swapped:
             raise RuntimeError(f"{what}: the networks hold the averages just now")
+
+
+@contextmanager
+def exchanged(some: Iterable[torch.Tensor], others: Iterable[torch.Tensor]):
+    """Inside, each of two rows of tensors, wherever they are, holds the values of the other."""
+    pairs = list(zip(some, others, strict=True))
+    _exchange(pairs)
+    try:
+        yield
+    finally:
+        _exchange(pairs)
+
+
+@torch.no_grad()
+def _exchange(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for one, other in pairs:  # one at a time: no third copy of the whole model
+        kept = one.detach().to(other.device, copy=True)
+        one.copy_(other)
+        other.copy_(kept)
 
 
 class NoAverage:
@@ -113,7 +126,7 @@ class NoAverage:
 
 
 def create(
-    parameters: Mapping[str, torch.Tensor],
+    learns,
     total_steps: int,
     use_ema: bool = False,
     ema_decay: float = 0.9999,
@@ -129,7 +142,10 @@ def create(
         return NoAverage()
     how = {"offload": offload_ema, "interval": ema_interval}
     if not posthoc_ema:
-        return Average(parameters, ema_decay, power=ema_power, **how)
-    averages = {one: Average(parameters, gamma=posthoc.gamma_of(one), **how) for one in ema_sigma_rel}
+        return Average(learns, ema_decay, power=ema_power, **how)
+    marks = [AVERAGED, *(f"{AVERAGED}_{one:g}" for one in ema_sigma_rel[1:])]  # who draws looks for the first
+    averages = {
+        one: Average(learns, gamma=posthoc.gamma_of(one), mark=mark, **how) for one, mark in zip(ema_sigma_rel, marks)
+    }
     twentieth = math.ceil(total_steps / 20 / ema_interval) * ema_interval
     return posthoc.PowerAverages(averages, output_dir, ema_snapshot_steps or twentieth)

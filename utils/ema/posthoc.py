@@ -154,20 +154,16 @@ class PowerAverages:
     def swapped(self):
         return self.first.swapped()
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """The first under the weights' own names, where whoever draws from a checkpoint looks; the others beside it."""
-        others = {
-            f"{sigma_rel:g}/{name}": value
-            for sigma_rel, average in self.averages.items()
-            if average is not self.first
-            for name, value in average.state().items()
-        }
-        return self.first.state() | others
+    def state(self) -> dict[float, dict[str, torch.Tensor]]:
+        return {sigma_rel: average.state() for sigma_rel, average in self.averages.items()}
 
-    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+    def write(self, folder: Path, state: Mapping[float, dict]) -> None:
         for sigma_rel, average in self.averages.items():
-            prefix = "" if average is self.first else f"{sigma_rel:g}/"
-            average.restore({name: state[prefix + name] for name in average.names})
+            average.write(folder, state[sigma_rel])
+
+    def load(self, folder: Path) -> None:
+        for average in self.averages.values():
+            average.load(folder)
 
 
 def _is_main() -> bool:
