@@ -25,15 +25,15 @@ srun torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-1
     --signals-to-handle SIGTERM,SIGINT,SIGUSR1 "$@" --resume_from_checkpoint latest &
 steps=$!
 asked=
-trap 'asked=yes; kill -USR1 "$steps"' USR1 # srun passes it to torchrun, and torchrun to the training
+trap 'asked=yes; kill -USR1 "$steps" || true' USR1 # srun passes it to torchrun, and torchrun to the training
 while kill -0 "$steps" 2> /dev/null; do
     wait "$steps" || true # the signal ends the waiting
 done
 code=0
 wait "$steps" || code=$?
 
-# torchrun ends with 1 where the training ended with 75: saved and not finished.
-if [[ $code != 0 && $asked ]]; then
+# torchrun ends with 1 where the training ended with 75, saved and not finished, and where it failed while it saved.
+if [[ $code != 0 && $asked && ${SLURM_RESTART_COUNT:-0} -lt ${MOST_RESTARTS:-100} ]]; then
     scontrol requeue "$SLURM_JOB_ID"
     exit 75
 fi

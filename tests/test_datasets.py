@@ -113,6 +113,8 @@ def test_a_parquet_table_is_checked_like_the_others(folder, tmp_path_factory):
         assert complaint.startswith(f"{folder / 'metadata.parquet'}, row {row}: ") and reason in complaint
     table(folder, file_name=["a.png"], label=[3])
     assert "has no column" in read(folder)[1][0] and "only: file_name, label" in read(folder)[1][0]
+    table(folder, file_name=["a.png", "b.png"], text=["x" * 2**20, "y" * (2**20 + 1)])
+    assert len(said := read(folder)[1]) == 1 and "row 1: its 'text' is longer than 1,048,576" in said[0]
     table(folder, file_name=["a.png"], text=[b"bytes"])
     assert "must be text" in read(folder)[1][0]
     (folder / "metadata.parquet").write_bytes((folder / "metadata.parquet").read_bytes()[:-9])

@@ -62,7 +62,10 @@ def test_inversion_of_a_network_that_always_sees_the_same_noise(steps, kind):
     there = list(pdm.invert(predict, clean, table, timesteps, kind))
     assert asked == [timesteps[0], *timesteps] and [number for number, _ in there] == list(range(steps))
     asked.clear()
-    back = list(pdm.invert(predict, clean, table, timesteps, kind, back=True))
+    out, back = [], []
+    for number, at in pdm.invert(predict, clean, table, timesteps, kind, back=True):
+        (out if number is None else back).append((number, at))
+    assert len(out) == steps - 1
     assert asked == [timesteps[0], *timesteps, *timesteps[-2::-1]]
     assert [number for number, _ in back] == list(range(steps))[::-1]
     if kind == "epsilon":
@@ -82,7 +85,7 @@ def test_the_way_there_and_back_of_a_linear_network(steps):
         scaled.append(scaled[-1] + (level[u] - level[t]) * factor[t] * root[t] * scaled[-1])
 
     def found(back):
-        return dict(pdm.invert(lambda at, t: factor[t] * at, clean, table, timesteps, back=back))
+        return dict(pdm.invert(lambda at, t: factor[t] * at, clean, table, timesteps, back=back))  # and None
 
     for number, t in enumerate(timesteps):
         assert torch.allclose(found(False)[number], scaled[number] * root[t] * clean)
@@ -271,7 +274,8 @@ def test_targets_of_the_way_back(train, photos, tmp_path, capsys):  # noqa: F811
         assert error[10:].max() < 0.01 < error[0]  # it builds up on the way
 
 
-def test_a_stop_ends_an_inversion_under_way(train, photos, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("way", ["inversion", "reconstruction"])
+def test_a_stop_ends_an_inversion_under_way(train, photos, tmp_path, monkeypatch, way):  # noqa: F811
     """A thousand evaluations on a CPU are long: what was begun is left, and no half a file stays."""
     from utils.models.latent_diffusion import LatentDiffusion
 
@@ -285,9 +289,9 @@ def test_a_stop_ends_an_inversion_under_way(train, photos, tmp_path, monkeypatch
 
     monkeypatch.setattr(LatentDiffusion, "predict", predict)
     with pytest.raises(SystemExit) as stopped:
-        train("train_pdmbooth_lora", PDM)
+        train("train_pdmbooth_lora", f"{PDM} --pdm_targets {way}")
     assert stopped.value.code == 143 and len(asked) == 3
-    assert not any((tmp_path / "run" / "pdm_features").iterdir())
+    assert not list((tmp_path / "run").glob("pdm_features/*"))
 
 
 def test_a_file_is_whole_or_absent(tmp_path):

@@ -173,7 +173,7 @@ def equal(one, two):
 
 
 def snapshots(folder):
-    return {file.name: load_file(file) for file in sorted((folder / posthoc.FOLDER).iterdir())}
+    return {file.name: load_file(file) for file in sorted((folder / posthoc.FOLDER).glob("*.safetensors"))}
 
 
 @pytest.mark.parametrize(
@@ -218,14 +218,20 @@ def test_the_first_length_at_the_last_step_is_what_the_run_left(train, tmp_path,
 
 
 @pytest.mark.parametrize("script", ["train_text_to_image", "train_text_to_image_lora"])
-def test_a_resumed_run_leaves_the_same_snapshots(train, script):
+def test_a_resumed_run_leaves_the_same_snapshots(train, script, capsys):
     options = "6 --ema_snapshot_steps 2 --checkpointing_steps 3 --checkpoints_total_limit 1 --ema_sigma_rel 0.1 0.06"
     whole = train(script, options, "whole")
     parts = train(script, options.replace("6", "3", 1), "parts")
     assert list(snapshots(parts)) == [f"step-{step:06d}-{one}.safetensors" for step in (2, 3) for one in (0.06, 0.1)]
-    for name in ("step-000004-0.1.safetensors", "step-000005-0.1.safetensors", ".tmp-step-000004-0.06.safetensors"):
+    mine = ("step-000009-mine.safetensors", "step-9-0.1.safetensors.bak")
+    left = ("step-000004-0.1.safetensors", "step-000005-0.1.safetensors")
+    for name in (*mine, *left, ".tmp-step-000004-0.06.safetensors"):
         (parts / posthoc.FOLDER / name).write_text("what was written in step 4 before a kill")
     train(script, f"{options} --resume_from_checkpoint latest", "parts")
+    assert "2 snapshots of averages were made after step 3; now in left/" in capsys.readouterr().out
+    assert sorted(path.name for path in (parts / posthoc.FOLDER / posthoc.LEFT).iterdir()) == list(left)
+    for name in mine:  # no name of a snapshot
+        (parts / posthoc.FOLDER / name).unlink()
     mine, theirs = snapshots(parts), snapshots(whole)
     assert mine.keys() - theirs.keys() == {"step-000003-0.06.safetensors", "step-000003-0.1.safetensors"}
     assert len(theirs) == 6 and all(equal(mine[name], theirs[name]) for name in theirs)
@@ -253,8 +259,8 @@ def test_what_cannot_be_put_together_is_refused(train, tmp_path, capsys):
         return capsys.readouterr().err
 
     said = refused("--sigma_rel", 0.01)
-    assert "--sigma_rel 0.01: the 4 snapshots meet it within 6" in said and "lengths from 0.0" in said
-    assert "between 0 and 0.2887" in refused("--sigma_rel", 0.29) and "between" in refused("--sigma_rel", 0)
+    assert "--sigma_rel 0.01: the 4 snapshots meet it within 6" in said and "; lengths from 0.0" in said
+    assert "between 0.001 and 0.2887" in refused("--sigma_rel", 0.29) and "between" in refused("--sigma_rel", 0)
     assert "--step 3 has no snapshot; there are those of 1, 2" in refused("--sigma_rel", 0.05, "--step", 3)
     assert f"{folder} exists" in refused("--sigma_rel", 0.05, out=folder)
     assert "is no output folder of a run" in refused("--sigma_rel", 0.05, run=tmp_path / "pictures")

@@ -405,6 +405,9 @@ def test_disk(parse, capsys, monkeypatch):
     args.resume_from_checkpoint = "latest"
     preflight._disk(args, needs, problems := preflight.Problems())
     assert not problems.options
+    (left / "step-000005-0.05.safetensors").rename(left / "step-000007-0.05.safetensors")  # with --ema_snapshot_steps 7
+    preflight._disk(args, needs, problems := preflight.Problems())
+    assert problems.options, "all 20 come beside it"
 
 
 @pytest.mark.parametrize(

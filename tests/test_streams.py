@@ -225,6 +225,14 @@ def test_mds_columns_and_files_that_cannot_be_read_are_refused_by_name(tmp_path,
     assert shards.complaint(str(tmp_path)) is None and len(shards.local(tmp_path)) == 3
     (tmp_path / "set" / "shard.00001.mds").unlink()
     assert "1 of the 3 shards in index.json are missing, such as shard.00001.mds" in shards.complaint(str(tmp_path))
+    index = json.loads((tmp_path / "set" / "index.json").read_text())  # as several writers' are merged
+    for shard in index["shards"]:
+        shard["raw_data"]["basename"] = f"set/{shard['raw_data']['basename']}"
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    (tmp_path / "set" / "index.json").unlink()
+    assert "missing, such as set/shard.00001.mds" in shards.complaint(str(tmp_path))
+    shutil.copy(MDS / "set" / "shard.00001.mds", tmp_path / "set")
+    assert shards.complaint(str(tmp_path)) is None
 
 
 @pytest.mark.parametrize(
@@ -235,6 +243,7 @@ def test_mds_columns_and_files_that_cannot_be_read_are_refused_by_name(tmp_path,
         (lambda data: b"\xff" * len(data), "it is no MDS shard"),
         (lambda data: data.replace(b'"version": 2', b'"version": 3'), "it is no MDS shard of version 2"),
         (lambda data: data.replace(b"[null, 8, null", b"[null,-8, null"), "it is no MDS shard of version 2"),
+        (lambda data: data.replace(b'["pkl"', b"[[   ]"), "it is no MDS shard of version 2"),
     ],
 )
 def test_damaged_mds_shards_are_refused(tmp_path, capsys, change, reason):

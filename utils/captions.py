@@ -157,11 +157,11 @@ def _parquet_rows(folder: Path, path: Path, column: str | None, complaints: list
         with pyarrow.parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names
             wanted = [name for name in ("file_name", column, *COLUMNS) if name in names]
-            for batch in table.iter_batches(columns=list(dict.fromkeys(wanted)), use_threads=False):
+            for batch in table.iter_batches(32, columns=list(dict.fromkeys(wanted)), use_threads=False):
                 for row in batch.to_pylist():
                     yield f"{path}, row {number}", dict.fromkeys(names) | row
                     number += 1
-    except (OSError, ValueError, pyarrow.ArrowException) as problem:
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as problem:
         complaints.append(f"'{path}' cannot be read: {problem}")
 
 
@@ -201,6 +201,8 @@ def _row(row, column: str | None) -> tuple[str, str | tuple[str, ...], str | Non
             "",
             f"its '{column}' must be text or a list of texts, and is {json.dumps(row[column], default=str)}",
         )
+    if any(len(text) > LARGEST for text in texts):
+        return name, "", f"its '{column}' is longer than {LARGEST:,} characters: too long for a caption"
     texts = tuple(text.strip() for text in texts)
     return name, texts[0] if len(texts) == 1 else texts, None
 

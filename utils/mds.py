@@ -37,6 +37,7 @@ def header(opened) -> Header:
         names = told["column_names"]
         encodings, sizes = (dict(zip(names, told[f"column_{what}"], strict=True)) for what in ("encodings", "sizes"))
         known = told["version"] == 2 and told["format"] == "mds"
+        known = known and all(isinstance(text, str) for text in (*names, *encodings.values()))
         known = known and all(size is None or (isinstance(size, int) and size >= 0) for size in sizes.values())
     except (ValueError, KeyError, TypeError, RecursionError):
         known = False
@@ -82,16 +83,17 @@ def complaint(index: str) -> str | None:
     try:
         with open(index, encoding="utf-8") as file:
             shards = json.load(file)["shards"]
-        told = {shard["raw_data"]["basename"]: shard["compression"] for shard in shards}
+        told = {os.path.join(folder, shard["raw_data"]["basename"]): shard["compression"] for shard in shards}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # somebody else's
-    missing = sorted(told.keys() - set(os.listdir(folder)))
+    missing = [path for path in sorted(told) if not os.path.isfile(path)]
     if not missing:
         return None
+    name = os.path.relpath(missing[0], folder)
     if told[missing[0]]:
         how = f"is compressed ({told[missing[0]]}): decompress the shards there, or write them with compression=None"
-        return f"'{folder}': {missing[0]} {how}"
-    return f"'{folder}': {len(missing)} of the {len(told)} shards in index.json are missing, such as {missing[0]}"
+        return f"'{folder}': {name} {how}"
+    return f"'{folder}': {len(missing)} of the {len(told)} shards in index.json are missing, such as {name}"
 
 
 def _numbers(opened, offset: int, count: int) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ Everything here is read from names, JSON headers and small text files, so mistak
 
 import itertools
 import json
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -165,6 +166,11 @@ def checkpoint(name: str, wrong: list) -> Lora | dict | None:
         if not any(path.glob("*.safetensors")):
             wrong.append(f"--checkpoint {name} has no safetensors weights in {module}/")
     return modules or None
+
+
+def snapshot_steps(total_steps: int, given: int | None, interval: int) -> int:
+    """Optimizer steps between snapshots of averages: a twentieth of the run, rounded up to an update."""
+    return given or math.ceil(total_steps / 20 / interval) * interval
 
 
 def marked(path: Path, mark: str) -> Path:

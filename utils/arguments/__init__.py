@@ -388,7 +388,7 @@ def add_ema(parser: argparse.ArgumentParser) -> None:
     help = "choose the length of the average after training: keep averages of several lengths and store snapshots of"
     add("posthoc_ema", flag, False, f"{help} them; python -m utils.ema (https://arxiv.org/abs/2312.02696)")
     help = "their lengths, as standard deviations relative to that of training; the first is validated and saved"
-    add("ema_sigma_rel", number(above=0, below=0.288), (0.05, 0.1), help, many=True)
+    add("ema_sigma_rel", number(0.001, below=0.288), (0.05, 0.1), help, many=True)
     add("ema_snapshot_steps", whole(1), None, "optimizer steps between snapshots", unset="a twentieth of the run")
 
 

@@ -382,9 +382,9 @@ def _averages(has, given: dict, defaults: dict, found: Findings) -> None:
     for name in ("ema_decay", "ema_power"):
         if given.get(name, defaults[name]) != defaults[name]:
             found.complaints.append(f"--{name} with --posthoc_ema, whose averages have --ema_sigma_rel; leave one out")
-    lengths = has("ema_sigma_rel")
+    lengths = [f"{length:g}" for length in has("ema_sigma_rel")]  # as in the names of files
     if len(set(lengths)) < max(2, len(lengths)):
-        told = " ".join(map(str, lengths))
+        told = " ".join(lengths)
         found.complaints.append(f"--ema_sigma_rel {told}: others are made from two or more different lengths")
     every, interval = has("ema_snapshot_steps"), has("ema_interval")
     if every and every % interval:

@@ -1,6 +1,5 @@
 """Averaged weights: smoother than any single step's, and what is saved and sampled under --use_ema."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +8,7 @@ import torch
 
 from utils import sharded
 from utils.ema import posthoc
-from utils.saved import AVERAGED
+from utils.saved import AVERAGED, snapshot_steps
 
 
 class Average:
@@ -147,5 +146,5 @@ def create(
     averages = {
         one: Average(learns, gamma=posthoc.gamma_of(one), mark=mark, **how) for one, mark in zip(ema_sigma_rel, marks)
     }
-    twentieth = math.ceil(total_steps / 20 / ema_interval) * ema_interval
-    return posthoc.PowerAverages(averages, output_dir, ema_snapshot_steps or twentieth)
+    every = snapshot_steps(total_steps, ema_snapshot_steps, ema_interval)
+    return posthoc.PowerAverages(averages, output_dir, every)

@@ -54,10 +54,9 @@ def check(args, settings: dict) -> list[str]:
     elif not any((args.run / posthoc.FOLDER).glob("step-*.safetensors")):
         why = "none is due yet" if settings.get("posthoc_ema") else "it had no --posthoc_ema"
         problems.append(f"{args.run} holds no snapshots of averages: {why}")
-    if not 0 < args.sigma_rel < posthoc.LONGEST:
-        problems.append(
-            f"--sigma_rel {args.sigma_rel:g}: lengths lie between 0 and {posthoc.LONGEST:.4f}, the mean of all steps"
-        )
+    if not posthoc.SHORTEST <= args.sigma_rel < posthoc.LONGEST:
+        between = f"{posthoc.SHORTEST:g} and {posthoc.LONGEST:.4f}, the mean of all steps"
+        problems.append(f"--sigma_rel {args.sigma_rel:g}: lengths lie between {between}")
     if args.output_dir.is_file() or (args.output_dir.is_dir() and any(args.output_dir.iterdir())):
         problems.append(f"--output_dir {args.output_dir} exists; name another, or remove it")
     return problems

@@ -10,6 +10,8 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +22,9 @@ from safetensors.torch import save_file
 from utils import errors
 from utils.checkpoints import manifests
 
-FOLDER = "ema_snapshots"  # in the output folder
-NAME, STAGED = re.compile(r"step-(\d+)-.+\.safetensors"), ".tmp-"
-LONGEST = 12**-0.5  # sigma_rel of gamma = 0: the plain mean of all steps
+FOLDER, LEFT = "ema_snapshots", "left"  # in the output folder; in it, those of a course that was left
+NAME, STAGED = re.compile(r"step-(\d+)-\d[\d.]*\.safetensors"), ".tmp-"
+SHORTEST, LONGEST = 0.001, 12**-0.5  # sigma_rel; the longest, of gamma = 0, is the plain mean of all steps
 CLOSE = 0.1  # the error of a profile, relative to its size, up to which it counts as reached
 
 
@@ -71,7 +73,7 @@ def combine(stored: Sequence[Profile], wanted: Profile) -> tuple[np.ndarray, flo
     if wanted in stored:
         return np.array([float(one == wanted) for one in stored]), 0.0
     sizes = np.sqrt([one.dot(one) for one in stored] + [wanted.dot(wanted)])  # equations of one scale
-    products = np.array([[one.dot(other) for other in stored] for one in stored]) / np.outer(sizes[:-1], sizes[:-1])
+    products = _products(tuple(stored)) / np.outer(sizes[:-1], sizes[:-1])
     target = np.array([one.dot(wanted) for one in stored]) / sizes[:-1] / sizes[-1]
     sums = sizes.max() / sizes[:-1]
     system = np.block([[products, sums[:, None]], [sums[None], np.zeros((1, 1))]])
@@ -80,10 +82,17 @@ def combine(stored: Sequence[Profile], wanted: Profile) -> tuple[np.ndarray, flo
     return found * sizes[-1] / sizes[:-1], error
 
 
-def reach(stored: Sequence[Profile], t: int) -> list[float]:
-    """The values of sigma_rel, to three digits, whose profiles the stored ones make closely."""
-    raster = (sigma_rel / 1000 for sigma_rel in range(1, math.ceil(1000 * LONGEST)))
-    return [sigma_rel for sigma_rel in raster if combine(stored, Profile(t, gamma_of(sigma_rel)))[1] <= CLOSE]
+@lru_cache(1)
+def _products(stored: tuple[Profile, ...]) -> np.ndarray:
+    return np.array([[one.dot(other) for other in stored] for one in stored])
+
+
+def reach(stored: Sequence[Profile], t: int) -> list[tuple[float, float]]:
+    """(from, to) of each stretch of sigma_rel, to three digits, whose profiles the stored ones make closely."""
+    raster = range(round(1000 * SHORTEST), math.ceil(1000 * LONGEST))
+    close = [combine(stored, Profile(t, gamma_of(one / 1000)))[1] <= CLOSE for one in raster]
+    stretches = [list(group) for met, group in groupby(zip(raster, close), key=lambda one: one[1]) if met]
+    return [(one[0][0] / 1000, one[-1][0] / 1000) for one in stretches]
 
 
 # --- During training -----------------------------------------------------------------------------------------------
@@ -114,10 +123,17 @@ class PowerAverages:
         going on from an earlier one. This course makes its own."""
         if not _is_main() or not self.folder.is_dir():
             return
-        for path in self.folder.iterdir():
+        moved = 0
+        for path in sorted(self.folder.iterdir()):
             stored = NAME.fullmatch(path.name)
-            if path.name.startswith(STAGED) or (stored and int(stored[1]) >= step):
+            if path.name.startswith(STAGED):
                 path.unlink()
+            elif stored and int(stored[1]) >= step:
+                (self.folder / LEFT).mkdir(exist_ok=True)
+                path.replace(self.folder / LEFT / path.name)
+                moved += 1
+        if moved:
+            print(f"{self.folder}: {moved} snapshots of averages were made after step {step - 1}; now in {LEFT}/")
 
     def snapshot(self, step: int) -> None:
         """A file for each average as after this step. All processes call it.
@@ -209,11 +225,11 @@ def choose(snapshots: Sequence[Snapshot], sigma_rel: float) -> tuple[np.ndarray,
     stored, t = [one.profile for one in snapshots], snapshots[-1].updates
     shares, error = combine(stored, Profile(t, gamma_of(sigma_rel)))
     if error > CLOSE:
-        within = reach(stored, t)
+        stretches = [f"from {first:g} to {last:g}" for first, last in reach(stored, t)]
+        within = f"lengths {' and '.join(stretches)} are" if stretches else "no length but those that were stored is"
         errors.refuse(
-            f"--sigma_rel {sigma_rel:g}: the {len(stored)} snapshots meet it within {100 * error:.0f} % only; lengths"
-            f" from {within[0]:g} to {within[-1]:g} are met within {100 * CLOSE:.0f} %. More snapshots"
-            " (--ema_snapshot_steps) reach further"
+            f"--sigma_rel {sigma_rel:g}: the {len(stored)} snapshots meet it within {100 * error:.0f} % only; {within}"
+            f" met within {100 * CLOSE:.0f} %. More snapshots (--ema_snapshot_steps) reach further"
         )
     return shares, error
 

@@ -210,7 +210,8 @@ class Bank:
                     for number, _ in way:
                         if run.interrupted:
                             return
-                        self._keep(number, self.tap.taken, keys, files)
+                        if number is not None:
+                            self._keep(number, self.tap.taken, keys, files)
                 for file in files:
                     file.finish()
             finally:

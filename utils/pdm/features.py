@@ -49,12 +49,13 @@ def invert(
     timesteps: Sequence[int],  # rising
     prediction_type: str = "epsilon",
     back: bool = False,  # the way back to the photo is what is wanted: its reconstruction
-) -> Iterator[tuple[int, torch.Tensor]]:
+) -> Iterator[tuple[int | None, torch.Tensor]]:
     """x_t = √ᾱ_t x̂0 + √(1-ᾱ_t) ε̂ from one timestep to the next noisier one: Song et al. 2020 (arXiv 2010.02502),
     equation 12 without its noise, in the direction of noise and, if asked, back again.
 
-    Yields (number of a timestep, its latents) once for each, as soon as it was predicted. Each is predicted at latents
-    that belong to it, so the way there needs no second pass.
+    Yields (number of a timestep, its latents) once for each, as soon as it was predicted; None is the number of those
+    on the way there if the way back is wanted. Each is predicted at latents that belong to it, so the way there needs
+    no second pass.
     """
     alphas = alphas_cumprod.double()
     signal, sigma = alphas.sqrt().tolist(), (1 - alphas).sqrt().tolist()
@@ -66,8 +67,7 @@ def invert(
         t = timesteps[number]
         at = signal[t] * clean + sigma[t] * noise
         found = predict(at, t)
-        if step >= len(way) - len(numbers):
-            yield number, at
+        yield (number if step >= len(way) - len(numbers) else None), at
         clean, noise = _parts(found, at, signal[t], sigma[t], prediction_type)
 
 

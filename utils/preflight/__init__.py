@@ -234,11 +234,12 @@ def _disk(args, outline: plan.Plan, problems: Problems) -> None:
     folder = Path(args.output_dir).absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     kept = outline.checkpoints or 1
-    there = sum(file.stat().st_size for file in (folder / "ema_snapshots").glob("*.safetensors"))
-    snapshots = max(0, outline.snapshots * outline.snapshot_bytes - there)
+    names = [f"step-{step:06d}-*.safetensors" for step in outline.snapshots]  # others stay beside them
+    there = sum(file.stat().st_size for name in names for file in (folder / "ema_snapshots").glob(name))
+    snapshots = max(0, len(outline.snapshots) * outline.snapshot_bytes - there)
     settled = outline.result_bytes + snapshots
     least = settled + min(2, kept + 1) * outline.checkpoint_bytes
-    told = f", {outline.snapshots} snapshots of averages {plan.size(snapshots)}" if snapshots else ""
+    told = f", {len(outline.snapshots)} snapshots of averages {plan.size(snapshots)}" if snapshots else ""
     if free < least:
         problems.options.append(
             f"--output_dir {args.output_dir}: {plan.size(free)} are free and at least {plan.size(least)} are needed"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils import buckets, targets
+from utils import buckets, saved, targets
 from utils.arguments.relations import engine_asked_for
 
 # A stored network: its optional variant (fp16) and shard number stand between name and ending.
@@ -38,7 +38,7 @@ class Plan:
     checkpoints: int | None = None  # that will stay on disk
     checkpoint_bytes: int = 0
     result_bytes: int = 0
-    snapshots: int = 0  # of averages; all of them stay
+    snapshots: list[int] = field(default_factory=list)  # of averages, as after which steps; all of them stay
     snapshot_bytes: int = 0
     memory: dict[str, int] = field(default_factory=dict)  # what holds it -> bytes on each GPU
     main_memory: int = 0  # bytes that an engine keeps there
@@ -207,8 +207,9 @@ def _memory_and_disk(plan: Plan, args, adapters: bool) -> None:
         copies = len(args.ema_sigma_rel) if args.posthoc_ema else 1
         plan.memory["average"] = copies * 4 * learning
         if args.posthoc_ema:
-            steps, every = plan.steps or 20, args.ema_snapshot_steps
-            plan.snapshots = math.ceil(steps / every) if every else min(20, steps)
+            steps = plan.steps or 20
+            every = saved.snapshot_steps(steps, args.ema_snapshot_steps, args.ema_interval)
+            plan.snapshots = sorted({*range(every, steps, every), steps // args.ema_interval * args.ema_interval})
             plan.snapshot_bytes = plan.memory["average"]
     plan.checkpoint_bytes = kept * learning + plan.memory["optimizer"] + plan.memory.get("average", 0)
     plan.result_bytes = 4 * learning if adapters else sum(plan.memory[name] for name in plan.networks)
@@ -241,7 +242,7 @@ def lines(plan: Plan, args: argparse.Namespace) -> list[str]:
         if not (args.train_text_encoder or getattr(args, "train_text_encoder_ti", False)):
             said.append("          text encoders leave once the prompts are encoded")
         kept = f"{plan.checkpoints or 'some'} checkpoints of {size(plan.checkpoint_bytes)}"
-        kept += f", {plan.snapshots} snapshots of {size(plan.snapshot_bytes)}" if plan.snapshots else ""
+        kept += f", {len(plan.snapshots)} snapshots of {size(plan.snapshot_bytes)}" if plan.snapshots else ""
         said.append(f"disk      {size(plan.result_bytes)} for the result, {kept}")
     weights = (
         "pytorch_lora_weights.safetensors" if "rank" in args else "a pipeline folder (model_index.json, unet/, ...)"
