@@ -72,7 +72,7 @@ def main(args):
     photos = call(datasets.photos)
     class_photos = datasets.class_pictures(class_images, args.concepts)
     if args.mask_prior:
-        class_photos = call(masks.of_classes, class_photos)
+        class_photos = masks.attach(class_photos, needed=False)
     photos, class_photos = call(sam.attach, run, photos, class_photos)
 
     # Model: the base stays frozen, the adapters learn.

@@ -483,7 +483,9 @@ def work(args, settings: dict, runs: list[Run]) -> int:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     print(f"{len(runs)} runs to do, {len(places)} at once", flush=True)
     failed = pool.work(runs, places)
-    if failed and not pool.code:
+    if pool.code:
+        print("interrupted; the same command does what is missing", file=sys.stderr)
+    elif failed:
         print(f"{len(failed)} runs failed: {', '.join(failed[:5])}", file=sys.stderr)
     return pool.code or (errors.FAILED if failed else 0)
 

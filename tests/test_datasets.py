@@ -446,6 +446,13 @@ def test_a_dataset_with_columns(tmp_path, capsys):
         datasets.hub(str(tmp_path / "table"), prompt="a {class}", **options)
     assert "row 0 holds {class}: give --class_noun" in capsys.readouterr().err
     assert len(datasets.hub(str(tmp_path / "pictures"), prompt="p")) == 3, "a plain folder"
+    with pytest.raises(SystemExit):
+        datasets.hub(str(tmp_path / "pictures"), split="test", prompt="p")
+    assert "--dataset_split test: " in capsys.readouterr().err
+    save(tmp_path / "parts" / "train" / "a.png"), save(tmp_path / "parts" / "test" / "b.png", seed=5)
+    for split in ("train", "test"):
+        (only,) = datasets.hub(str(tmp_path / "parts"), split=split, prompt="p")
+        assert f"/{split}/" in only.source
     (tmp_path / "pictures" / "1.png").write_text("no picture")
     table = library.Dataset.from_dict({"image": paths}).cast_column("image", library.Image())
     table.to_parquet(tmp_path / "damaged" / "train.parquet")

@@ -85,6 +85,11 @@ def test_card_says_what_the_hub_and_a_person_need(folder):
     assert 'load_lora_weights("my-dog")' in card.text and 'from_pretrained("owner/base"' in card.text
 
 
+def test_card_of_what_the_toybox_learned(folder):
+    card = ModelCard.load(make_card(folder, base_model="toybox"))
+    assert card.data.license == "apache-2.0" and 'from_pretrained("toybox/sd"' in card.text
+
+
 def test_card_of_whole_networks_loads_as_a_pipeline(folder):
     text = ModelCard.load(make_card(folder, adapters=None, kind="text-to-image", prompt=None, model_id="me/it")).text
     assert 'from_pretrained("me/it"' in text and "load_lora_weights" not in text and "dreambooth" not in text.lower()

@@ -17,6 +17,7 @@ from test_scripts import losses, same, train, weights  # noqa: F401 - train is a
 
 from utils import arguments, datasets, models, noise, pdm, randomness, targets
 from utils.pdm import features, files
+from utils.preflight import plan
 
 BOTH = pytest.mark.parametrize("script", ["train_pdmbooth", "train_pdmbooth_lora"])
 PDM = "--use_inst_loss --use_pdm_loss --cls_prompt 'a photo of dog' --pdm_inversion_steps 8 --lr 1e-3 --resolution 64"
@@ -221,6 +222,20 @@ def test_each_photo_is_held_against_its_own_row(model, way_of, request, photos, 
         assert heard["time_ids"][3:].tolist() == [[96, 80, 6, 0, 64, 64]] * 3
     assert (told > 10 * found).all()  # it hears the batch's prompts, not those of the inversion
     assert torch.allclose(prediction, real(noisy.inputs, noisy.timesteps, condition), atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", ["", "--pdm_layer down_blocks.0.attentions.0.transformer_blocks.0.attn1"])
+@pytest.mark.parametrize("model", ["sd1", "sdxl"])
+def test_the_plan_tells_what_targets_take(train, capsys, request, model, layer):  # noqa: F811
+    model = str(request.getfixturevalue(model))
+    train(
+        "train_pdmbooth_lora", f"{PDM} {layer} --dry_run --mask_pdm --sam_model_name_or_path toybox-sam", "run", model
+    )
+    said = capsys.readouterr().out
+    assert "checkpoint-N/, pdm_features/, sam_masks/" in said
+    run = train("train_pdmbooth_lora", f"{PDM} {layer} --max_train_steps 1 --save_pdm_fs", "run", model)
+    kept = sum(load_file(path)["queries"].nbytes for path in (run / "pdm_features").iterdir())
+    assert f"PDM targets of {plan.size(kept)}\n" in said
 
 
 def test_a_stale_or_foreign_bank_is_refused(train, photos, tmp_path, capsys):  # noqa: F811
@@ -477,9 +492,11 @@ def test_the_loss_of_the_photos_is_off_only_beside_that_of_queries(words, on, ca
 def test_masks_of_class_images(train, script, class_photos, capsys):  # noqa: F811
     options = f"--use_inst_loss --use_prior_loss --mask_prior --cls_data_dir '{class_photos}' --cls_prompt 'a dog'"
     options += " --num_cls_imgs 4 --max_train_steps 1 --train_batch_size 4 --center_crop"
-    with pytest.raises(SystemExit):
-        train(script, options, "none")
-    assert "--mask_prior: no class image has a mask" in capsys.readouterr().err
+    missing = options.replace(f"'{class_photos}'", f"'{class_photos}-new'")
+    for given, said in ((options, "have none"), (missing, "are drawn first, and have none")):
+        with pytest.raises(SystemExit) as stopped:
+            train(script, f"{given} --dry_run", "none")
+        assert stopped.value.code == 3 and f"--mask_prior: class images {said}" in capsys.readouterr().err
     half = Image.new("L", (80, 96), 0)
     half.paste(255, (0, 0, 80, 48))
     half.save(class_photos / "photo-1.mask.png")
@@ -503,12 +520,13 @@ def test_what_cannot_be_honoured_is_refused(photos, sd1, tmp_path, capsys):
             script.main(args)
         return capsys.readouterr().err
 
-    assert "--use_pdm_loss needs --class_prompt" in refused("--use_pdm")
+    assert "--use_pdm needs --class_prompt" in refused("--use_pdm")
     assert "--resolution_buckets" in refused("--use_pdm --cls_prompt=c --resolution_buckets")
     assert "--mask_prior needs --use_prior_loss" in refused("--mask_prior")
     said = refused("--use_pdm --cls_prompt=c --pdm_layer=mid.attn1 --pdm_inversion_steps=1001 --resolution=64")
     assert "choose one of down_blocks.0" in said and "the model has 1000 timesteps" in said
-    assert "no photo has a mask" in refused("--mask_pdm --use_pdm --cls_prompt=c --resolution=64")
+    assert "--mask_pdm: no photo has a mask" in refused("--mask_pdm --use_pdm --cls_prompt=c --resolution=64")
+    assert "--use_prior_loss needs --class_data_dir" in refused("--use_prior_loss --cls_prompt=c")
     assert "in-painting" in refused_inpainting(sd1, tmp_path, refused)
     assert "nothing is learned of the subject" in refused("--use_inst_loss=no")
     args = script.parse_args(shlex.split(base))

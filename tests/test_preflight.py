@@ -477,6 +477,8 @@ def test_printed_plan(parse, sd1, capsys):
     said = capsys.readouterr().out
     assert f", 5 snapshots of {plan.size(8 * size)}" in said and "checkpoint-N/, ema_snapshots/" in said
     assert re.search(rf"average +{re.escape(plan.size(8 * size))}", said)
+    args.validation_split = 0.4
+    assert any("about 2 examples an epoch" in line for line in plan.lines(plan.outline(args, Path(sd1), 3), args))
 
 
 def test_refusal_and_plan_answer_at_once(sd1, photos, tmp_path):

@@ -237,6 +237,20 @@ def test_a_mask_that_tells_nothing_is_refused_by_name(run, subject, monkeypatch,
     assert "02.png' is " + word + ": the class image counts as a whole" in capsys.readouterr().err
 
 
+def test_a_mask_that_lies_elsewhere_than_its_box_is_told(run, subject, monkeypatch, capsys):
+    def segment(model, processor, photo, *more):
+        mask = Image.new("L", photo.size)
+        mask.paste(255, (0, 0, photo.width // 2, photo.height))
+        return mask
+
+    monkeypatch.setattr(sam, "segment", segment)
+    photos = datasets.folder(subject, "p")
+    attach(run, photos, sam_box=[0.1, 0, 1, 1])
+    assert not capsys.readouterr().err
+    attach(run, photos, sam_box=[0.3, 0, 1, 1])
+    assert capsys.readouterr().err.count("lies mostly outside of --sam_box") == 5
+
+
 # Whole scripts
 
 

@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from html import escape
 from pathlib import Path
 
-from utils import captions, errors, saved
+from utils import captions, errors, models, saved
 from utils.report import curves, gallery
 
 NOT_PUBLISHED = 6  # exit code: trained and saved, but not uploaded
@@ -25,6 +25,7 @@ LORA_FILES = ("pytorch_lora_weights*.safetensors", saved.EMBEDDINGS_FILE)
 PARTS = ("unet", "text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2", "scheduler", "feature_extractor")
 PART_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 LICENSES = {"stable-diffusion": "creativeml-openrail-m", "stable-diffusion-xl": "openrail++"}  # of the base models
+LICENSES |= dict.fromkeys(models.EMBEDDED, "apache-2.0")
 NO_SECRETS = ("tokenizer", "token_abstraction", "num_new_tokens")  # options that are not left out for their names
 WAITS = (2, 8, 30)  # seconds before the second, third and fourth attempt
 
@@ -58,7 +59,7 @@ def card(
     data = ModelCardData(
         base_model=base_model,
         library_name="diffusers",
-        license=license or LICENSES.get(family.removesuffix("-inpainting"), "other"),
+        license=license or LICENSES.get(base_model) or LICENSES.get(family.removesuffix("-inpainting"), "other"),
         pipeline_tag="text-to-image",
         tags=tags,
         datasets=[dataset] if dataset and re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) else None,
@@ -243,12 +244,13 @@ def _loading(name: str, base_model: str, adapters: str | None, prompt: str, lear
             "Stock diffusers does not load adapters of this kind. ComfyUI and A1111 do, and so does the suite that they"
             f" come from:\n\n```bash\npython infer.py --lora {literal(name)} --prompt {literal(prompt)}\n```"
         )
+    base = models.EMBEDDED.get(base_model, base_model)  # a folder of this suite
     lines = [
         "```python",
         "import torch",
         "from diffusers import DiffusionPipeline",
         "",
-        f"pipeline = DiffusionPipeline.from_pretrained({literal(base_model if adapters else name)},"
+        f"pipeline = DiffusionPipeline.from_pretrained({literal(base if adapters else name)},"
         ' torch_dtype=torch.float16).to("cuda")',
         *([f"pipeline.load_lora_weights({literal(name)})"] if adapters else []),
         *_loading_tokens(literal(name), learned),

@@ -97,23 +97,12 @@ def attach(
     sources = [example.source for example in examples]
     found = _alphas(examples) if alpha else [path and from_file(path) for path in files(sources, folder, masks_dir)]
     if needed and not any(found):
-        errors.refuse(NONE, errors.DATA)
+        errors.refuse(none("--masked_loss"), errors.DATA)
     return [dataclasses.replace(example, mask=mask) for example, mask in zip(examples, found)]
 
 
 def without(examples: Sequence) -> list:
     return [dataclasses.replace(example, mask=None) for example in examples]
-
-
-def of_classes(examples: Sequence, sam_model_name_or_path: str | None = None) -> list:
-    """Class images with the masks beside them; without SAM, one of them at least must have one."""
-    paths = [Path(example.source) for example in examples]
-    complaints, count = check(images.inspect(paths), files(paths, ""))
-    if paths and not (count or complaints or sam_model_name_or_path):
-        complaints = ["--mask_prior: no class image has a mask; put NAME.mask.png beside NAME.png, or leave it out"]
-    if complaints:
-        errors.refuse(complaints, errors.DATA)
-    return attach(examples, needed=False)
 
 
 def from_file(path: Path) -> Mask:
@@ -136,7 +125,8 @@ def _black(source) -> str:
     return f"the mask '{images.name_of(source)}' is black: nothing of its photo would be learned"
 
 
-NONE = (
-    "--masked_loss: no photo has a mask; put NAME.mask.png beside NAME.jpg, name a folder with --masks_dir, take the"
-    " photos' transparency with --alpha_mask, or let --sam_model_name_or_path make them"
-)
+def none(option: str) -> str:
+    return (
+        f"{option}: no photo has a mask; put NAME.mask.png beside NAME.jpg, name a folder with --masks_dir, take the"
+        " photos' transparency with --alpha_mask, or let --sam_model_name_or_path make them"
+    )

@@ -55,7 +55,7 @@ def attach(
             if todo:
                 _fill(run, folder, todo, how, allow_pickle)
             run.barrier()
-    found = _checked(wanted, paths)
+    found = _checked(wanted, paths, sam_box)
     return [
         [dataclasses.replace(one, mask=found.get(one.key)) if lacks(one) else one for one in each] for each in lists
     ]
@@ -69,19 +69,22 @@ def _whole(path: Path) -> bool:
         return False
 
 
-def _checked(wanted: dict, paths: dict) -> dict:
+def _checked(wanted: dict, paths: dict, box: Sequence[float] = ()) -> dict:
     """The masks by their pictures' keys. A photo's must tell something; a class image's that does not is left out."""
     found, complaints = {}, []
     for key, path in paths.items():
         if not path.is_file():
             errors.refuse(f"'{path}' is missing: all processes must see the same --output_dir", errors.FAILED)
         example, mask = wanted[key], masks.from_file(path)
-        counts = mask.open().histogram()
-        covered = sum(level * count for level, count in enumerate(counts)) / (255 * sum(counts))
+        seen = mask.open()
+        covered = _white(seen) / (255 * seen.width * seen.height)
+        name = images.name_of(example.source)
         if LEAST <= covered <= MOST:
             found[key] = mask
+            inside = seen.crop([round(share * side) for share, side in zip(box, seen.size * 2)]) if box else seen
+            if 2 * _white(inside) < _white(seen):
+                errors.warn(f"SAM's mask of '{name}' lies mostly outside of --sam_box: look at it in report.html")
             continue
-        name = images.name_of(example.source)
         told = f"SAM's mask of '{name}' is {'black' if covered < LEAST else 'all white'}"
         if example.is_class:
             errors.warn(f"{told}: the class image counts as a whole")
@@ -90,6 +93,10 @@ def _checked(wanted: dict, paths: dict) -> dict:
     if complaints:
         errors.refuse(complaints, errors.DATA, once=True)
     return found
+
+
+def _white(mask) -> int:
+    return sum(level * count for level, count in enumerate(mask.histogram()))
 
 
 def _fill(run, folder: Path, todo: dict, how: dict, allow_pickle: bool) -> None:

@@ -209,7 +209,7 @@ def _masks(args, has, found: Findings) -> None:
     if box and not (len(box) == 4 and box[0] < box[2] <= 1 and box[1] < box[3] <= 1):
         found.complaints.append(
             f"--sam_box {' '.join(map(str, box))}: left, top, right and bottom are needed, as shares of width and"
-            " height from 0 to 1, e.g. 0.1 0.2 0.9 1"
+            " height from 0 to 1, left before right and top above bottom, e.g. 0.1 0.2 0.9 1"
         )
     if point and not (len(point) == 2 and max(point) <= 1):
         found.complaints.append(

@@ -131,10 +131,20 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     relations.check(args.defaults, {}, defaults, set())  # settles those that follow from others; complains in vain
     complaints += found.complaints
     if complaints:
-        refuse(complaints, once=True)
+        refuse([_as_typed(complaint, actions.values(), words) for complaint in complaints], once=True)
     for warning in found.warnings:
-        warn(warning)
+        warn(_as_typed(warning, actions.values(), words))
     return args
+
+
+def _as_typed(message: str, actions, words: list[str]) -> str:
+    """An option that has several names bears the one that was typed."""
+    typed = {word.split("=")[0] for word in words}
+    for action in actions:
+        name, *others = action.option_strings
+        if chosen := next((other for other in others if other in typed), None):
+            message = re.sub(rf"{name}\b", chosen, message)
+    return message
 
 
 def defaults(args: argparse.Namespace) -> dict | None:

@@ -178,8 +178,15 @@ def hub(
     share: Callable | None = None,  # as in `captioned`
     **words: str | None,
 ) -> list[Example]:
-    """A dataset of the hub or in a local folder. A plain folder of pictures goes the way of `folder`."""
+    """A dataset of the hub or in a local folder. A plain folder of pictures, or its sub-folder that is named like the
+    split, goes the way of `folder`."""
     if Path(name).is_dir() and config is None and images.list_images(name):
+        part = Path(name, split)  # as `datasets` takes a folder of pictures
+        if split != "train" and not part.is_dir():
+            errors.refuse(
+                f"--dataset_split {split}: '{name}' is a folder of pictures, without a folder '{split}' in it"
+            )
+        name = part if part.is_dir() else name
         return folder(name, prompt, caption_column=caption_column, on_bad_image=on_bad_image, share=share, **words)
     import datasets
 

@@ -237,7 +237,7 @@ def _disk(args, outline: plan.Plan, problems: Problems) -> None:
     names = [f"step-{step:06d}-*.safetensors" for step in outline.snapshots]  # others stay beside them
     there = sum(file.stat().st_size for name in names for file in (folder / "ema_snapshots").glob(name))
     snapshots = max(0, len(outline.snapshots) * outline.snapshot_bytes - there)
-    settled = outline.result_bytes + snapshots
+    settled = outline.result_bytes + snapshots + (0 if getattr(args, "features_data_dir", None) else outline.bank_bytes)
     least = settled + min(2, kept + 1) * outline.checkpoint_bytes
     told = f", {len(outline.snapshots)} snapshots of averages {plan.size(snapshots)}" if snapshots else ""
     if free < least:

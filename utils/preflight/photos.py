@@ -29,7 +29,7 @@ def look(args: argparse.Namespace, problems) -> list[Found]:
     """One for each concept; what is wrong is added to `problems`."""
     if args.masks_dir and not Path(args.masks_dir).is_dir():
         problems.options.append(f"--masks_dir '{args.masks_dir}' is not a folder (looked in {Path.cwd()})")
-    found, with_mask = [], 0
+    found, with_mask, classes_with_mask = [], 0, 0
     for concept in args.concepts:
         one = Found(concept)
         found.append(one)
@@ -42,12 +42,23 @@ def look(args: argparse.Namespace, problems) -> list[Found]:
         if prior(args) and concept.class_data_dir:
             one.drawn, bad = _folder(args, concept, "class_data_dir", problems)
             one.bad += bad
+            if getattr(args, "mask_prior", False):
+                complaints, count = masks.check(one.drawn, masks.files([photo.path for photo in one.drawn], ""))
+                problems.data += complaints
+                classes_with_mask += count
     photos = sum(len(one.photos or ()) for one in found)
     missed = args.masked_loss and not args.sam_model_name_or_path  # which makes those that are not there
     if missed and photos and not with_mask:
-        problems.data.append(masks.NONE)
+        asked = [f"--{name}" for name in ("mask_dm", "mask_pdm") if getattr(args, name, False)]
+        problems.data.append(masks.none(" ".join(asked) or "--masked_loss"))
     elif missed and with_mask < photos:
         warn(f"{photos - with_mask} of {photos} photos have no mask and count as a whole")
+    if getattr(args, "mask_prior", False) and not (args.sam_model_name_or_path or classes_with_mask):
+        drawn = "are drawn first, and have none" if not any(one.drawn for one in found) else "have none"
+        problems.data.append(
+            f"--mask_prior: class images {drawn}; put NAME.mask.png beside NAME.png, let --sam_model_name_or_path make"
+            " masks, or leave it out"
+        )
     return found
 
 
@@ -101,7 +112,9 @@ def _folder(args, concept: Concept, kind: str, problems) -> tuple[list, list[Pat
     pictures, others = images.survey(folder)
     if needed and not pictures:
         found = f"{len(others)} other files" if others else "nothing"
-        problems.options.append(f"{option} '{folder}' holds no pictures ({found}); put the photos there")
+        streamed = hasattr(args, "streaming") and shards.local(folder)
+        remedy = "--streaming reads the shards in it" if streamed else "put the photos there"
+        problems.options.append(f"{option} '{folder}' holds no pictures ({found}); {remedy}")
     if needed:
         words = {name: getattr(args, name, None) for name in ("identifier", "class_noun")}
         texts, complaints = captions.read(folder, pictures, concept.instance_prompt, args.caption_column, **words)
@@ -137,7 +150,8 @@ def _masks(args, concept: Concept, photos: list, problems) -> int:
     if not args.masked_loss:
         there = sum(source is not None for source in sources)
         if there:
-            warn(f"{there} photos have a mask beside them, which is not used: add --masked_loss")
+            wanted = "--mask_dm or --mask_pdm" if hasattr(args, "mask_dm") else "--masked_loss"
+            warn(f"{there} photos have a mask beside them, which is not used: add {wanted}")
         return 0
     complaints, count = masks.check(photos, sources, args.alpha_mask)
     problems.data += complaints

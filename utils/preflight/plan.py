@@ -12,6 +12,7 @@ from pathlib import Path
 
 from utils import buckets, saved, targets
 from utils.arguments.relations import engine_asked_for
+from utils.preflight.shapes import latents
 
 # A stored network: its optional variant (fp16) and shard number stand between name and ending.
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.safetensors")
@@ -40,6 +41,7 @@ class Plan:
     result_bytes: int = 0
     snapshots: list[int] = field(default_factory=list)  # of averages, as after which steps; all of them stay
     snapshot_bytes: int = 0
+    bank_bytes: int = 0  # of PDM's targets
     memory: dict[str, int] = field(default_factory=dict)  # what holds it -> bytes on each GPU
     main_memory: int = 0  # bytes that an engine keeps there
 
@@ -62,6 +64,8 @@ def outline(
     learning = {name: stored[name] for name in _adapted(args, plan.networks)}
     plan.learns = _adapter_sizes(learning, args) if adapters else {name: plan.networks[name] for name in learning}
     _memory_and_disk(plan, args, adapters)
+    if getattr(args, "use_pdm_loss", False) and photos:
+        plan.bank_bytes = photos * _queries(args, model, stored["unet"])
     return plan
 
 
@@ -101,6 +105,7 @@ def _processes() -> int:
 
 def _length(plan: Plan, args, photos: int | None, class_images: int, in_buckets: Sequence[int]) -> None:
     if photos:
+        photos = max(1, round(photos * (1 - getattr(args, "validation_split", 0))))  # who is held out, contents decide
         shown = buckets.steps(in_buckets, plan.examples_per_step, args.repeats) * plan.examples_per_step
         plan.examples = max(shown or photos * args.repeats, class_images)
     if args.max_train_steps:
@@ -139,6 +144,13 @@ def unknown_queries(args: argparse.Namespace, model: Path | None) -> list[str]:
     if args.pdm_inversion_steps > total:
         found.append(f"--pdm_inversion_steps {args.pdm_inversion_steps}: the model has {total} timesteps; give fewer")
     return found
+
+
+def _queries(args, model: Path, unet: dict) -> int:
+    """Bytes of one photo's PDM targets; 0 where the model's files do not tell."""
+    layer, _ = targets.self_attention([layer for layer, _ in _layers(unet)], args.pdm_layer)
+    side = latents(args, model, layer.split(".attentions")[0]) if layer else None
+    return args.pdm_inversion_steps * side**2 * unet[f"{layer}.to_q.weight"][0] * 2 if side else 0
 
 
 def _adapted(args, networks) -> list[str]:
@@ -209,7 +221,7 @@ def _memory_and_disk(plan: Plan, args, adapters: bool) -> None:
         if args.posthoc_ema:
             steps = plan.steps or 20
             every = saved.snapshot_steps(steps, args.ema_snapshot_steps, args.ema_interval)
-            plan.snapshots = sorted({*range(every, steps, every), steps // args.ema_interval * args.ema_interval})
+            plan.snapshots = sorted({*range(every, steps, every), steps // args.ema_interval * args.ema_interval} - {0})
             plan.snapshot_bytes = plan.memory["average"]
     plan.checkpoint_bytes = kept * learning + plan.memory["optimizer"] + plan.memory.get("average", 0)
     plan.result_bytes = 4 * learning if adapters else sum(plan.memory[name] for name in plan.networks)
@@ -222,13 +234,18 @@ def _memory_and_disk(plan: Plan, args, adapters: bool) -> None:
 
 def lines(plan: Plan, args: argparse.Namespace) -> list[str]:
     """The plan as a person reads it."""
+
+    def has(name: str):
+        return getattr(args, name, None)
+
     said = [f"model     {args.pretrained_model_name_or_path}: " + (_counts(plan.networks) or "not downloaded yet")]
     kinds = {"lora": "DoRA" if args.use_dora else "LoRA", "loha": "LoHa", "lokr": "LoKr"} if "rank" in args else {}
     how = f"{kinds[args.adapter]} of rank {args.rank}" if kinds else "all weights"
     said.append(f"learns    {how}" + (f": {_counts(plan.learns)}" if plan.learns else ""))
     if plan.examples:
         pixels = f"{args.resolution} px" if args.resolution else "the model's own size"
-        said.append(f"data      {plan.examples} examples an epoch, {pixels}")
+        about = "about " if has("validation_split") else ""
+        said.append(f"data      {about}{plan.examples} examples an epoch, {pixels}")
     batch = f"{args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x {_processes()} processes"
     length = f"{plan.steps} steps" if plan.steps else f"{args.num_train_epochs} epochs"
     epochs = f", {plan.epochs:.1f} epochs" if plan.epochs else ""
@@ -243,6 +260,7 @@ def lines(plan: Plan, args: argparse.Namespace) -> list[str]:
             said.append("          text encoders leave once the prompts are encoded")
         kept = f"{plan.checkpoints or 'some'} checkpoints of {size(plan.checkpoint_bytes)}"
         kept += f", {len(plan.snapshots)} snapshots of {size(plan.snapshot_bytes)}" if plan.snapshots else ""
+        kept += f", PDM targets of {size(plan.bank_bytes)}" if plan.bank_bytes else ""
         said.append(f"disk      {size(plan.result_bytes)} for the result, {kept}")
     weights = (
         "pytorch_lora_weights.safetensors" if "rank" in args else "a pipeline folder (model_index.json, unet/, ...)"
@@ -251,8 +269,15 @@ def lines(plan: Plan, args: argparse.Namespace) -> list[str]:
     said.append(
         f"writes    {args.output_dir}/: {weights}, training_config.yaml, metrics.jsonl, report.html, README.md,"
     )
-    more = (", ema_snapshots/" if plan.snapshots else "") + (", samples/" if args.validation_prompt else "")
-    said.append(f"          checkpoint-N/{more}")
+    folders = {
+        "ema_snapshots": plan.snapshots,
+        "pdm_features": has("use_pdm_loss") and not has("features_data_dir"),
+        "pdm_masks": has("save_pdm_masks") and has("mask_pdm"),
+        "sam_masks": has("sam_model_name_or_path"),
+        "samples": args.validation_prompt,
+        "test_samples": has("test_prompts"),
+    }
+    said.append("          " + ", ".join(["checkpoint-N/", *(f"{name}/" for name, there in folders.items() if there)]))
     return said
 
 
