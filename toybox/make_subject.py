@@ -86,6 +86,7 @@ def main() -> None:
         save_photos(args.all / name, who)
     if not args.all:
         save_photos(args.output)
+    print(f"{args.all or args.output}: photos of {', '.join(SUBJECTS) if args.all else 'the subject'}")
 
 
 if __name__ == "__main__":
