@@ -149,6 +149,14 @@ def test_non_finite_values_are_counted_not_drawn(tmp_path):
     assert "2 values were not finite" in text and "nan" not in re.search("<svg.*?</svg>", text, re.DOTALL)[0].lower()
 
 
+def test_the_parts_of_the_loss_have_curves_beside_it(tmp_path):
+    rows = [{"step": s, "loss": 3.0, "loss_instance": 1.0, "loss_pdm": 20.0, "grad_norm": 1.0} for s in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps({**row, "lr": 1e-4}) for row in rows))
+    text = report.Report(SimpleNamespace(output_dir=str(tmp_path), is_main=True)).build()
+    charts = re.findall('<svg.*?aria-label="(.*?)".*?<title>step 1: raw (.*?),', text)
+    assert charts == [("Loss", "3"), ("Loss of the photos", "1"), ("Loss of queries", "20")] + charts[3:]
+
+
 def test_thinning_keeps_spikes_and_ends():
     steps = list(range(10_000))
     values = [0.1] * 10_000

@@ -22,6 +22,7 @@ from utils.report import curves, gallery
 
 MOST_STEPS = 20  # validations shown for each prompt: the first, the newest, and evenly between
 WHOLE = (1040, 4000)  # pixels: the contact sheet is embedded as large as it is
+PARTS = {"loss_instance": "Loss of the photos", "loss_prior": "Loss of the class images", "loss_pdm": "Loss of queries"}
 STROKES = ("main", "second", "third")
 preview = gallery.preview  # report.preview(dataset, output_dir): the photos as the network sees them
 contact_sheet = gallery.contact_sheet  # report.contact_sheet(dataset, output_dir, ...): data_preview.png
@@ -202,7 +203,7 @@ def _spread(steps: list[int], most: int) -> list[int]:
 
 
 def _charts(rows: list[dict]) -> list[dict]:
-    """Loss first, then learning rates on one axis, then whatever else was logged."""
+    """Loss and its parts first, then learning rates on one axis, then whatever else was logged."""
     from markupsafe import Markup
 
     every = curves.names(rows)
@@ -212,7 +213,7 @@ def _charts(rows: list[dict]) -> list[dict]:
     titles = {"grad_norm": "Gradient norm", "seconds": "Seconds a step"}
     every = [name for name in every if not name.startswith("test_")]  # told once, in a table
     judged = scores.meanings(every)
-    groups = [("Loss", ["loss"]), ("Learning rate", rates[:3])]
+    groups = [("Loss", ["loss"]), *((text, [name]) for name, text in PARTS.items()), ("Learning rate", rates[:3])]
     for text in dict.fromkeys(judged.values()):
         groups.append((text.capitalize(), [name for name in judged if judged[name] == text]))
     known = {"skipped", "spike", *(name for _, names in groups for name in names), *rates}
