@@ -125,6 +125,8 @@ class Report:
             if photos:
                 some = f"{len(photos)} of {count}" if count > len(photos) else f"All {count}"
                 remark = f"{some}, as the network sees them: cropped, resized, with the caption each is trained on."
+                if any(entry.get("masked") for entry in chosen):
+                    remark += " What a mask leaves out is tinted red here."
                 sections.append((heading, remark, photos))
         return sections
 
@@ -230,7 +232,7 @@ def _charts(rows: list[dict]) -> list[dict]:
                 window = curves.window_for(len(values))
                 smoothed = curves.smooth(values, window)
                 lines += [("raw", steps, values, "raw"), (f"mean of about {window}", steps, smoothed, "main")]
-        svg = curves.chart(title, lines, crop_spikes=title != "Learning rate")
+        svg = curves.chart(title, lines, crop_spikes=title != "Learning rate", shares=bool(judged.keys() & names))
         if svg:
             legend = [(line[0], line[3]) for line in lines]
             charts.append({"title": title, "svg": Markup(svg), "legend": legend, "lost": lost})
@@ -276,6 +278,8 @@ def _tiles(rows: list[dict], step, total, sessions: list[dict]) -> list[tuple[st
         )
     if sessions:
         tiles.append(("in all", duration(sum(s.get("seconds", 0) for s in sessions))))
+        if first := sessions[-1].get("seconds_to_first_step"):
+            tiles.append(("until the first step was done", duration(first)))
         if pace := sessions[-1].get("median_step_seconds"):
             tiles.append(("median step", f"{pace * 1000:.0f} ms" if pace < 1 else f"{pace:.2f} s"))
         if peak := max(s.get("peak_memory_gib") or 0 for s in sessions):
@@ -295,17 +299,14 @@ def _judged(rows: list[dict]) -> tuple[str, list]:
 
 
 def _timings(sessions: list[dict]) -> tuple[str, list]:
-    """Where the time went, all sessions together; what no phase names is start-up, logging and saving."""
-    phases, rest = {}, 0.0
+    """Where the time went, all sessions together: rows that add up to the last."""
+    phases, total = {}, sum(session.get("seconds", 0) for session in sessions)
     for session in sessions:
-        rest += session.get("seconds", 0)
         for name, seconds in session.get("phases", {}).items():
             phases[name] = phases.get(name, 0) + seconds
-            rest -= seconds
-    rows = [(name, duration(seconds), None) for name, seconds in phases.items()]
-    if first := sessions and sessions[-1].get("seconds_to_first_step"):
-        rows.append(("until the first step was done", duration(first), None))
-    return "Time", [*rows, ("everything else", duration(max(rest, 0)), None)] if sessions else []
+    phases["start-up, loading and the rest"] = max(total - sum(phases.values()), 0)
+    rows = [(name, duration(seconds), None) for name, seconds in (*phases.items(), ("in all", total))]
+    return "Time", rows if sessions else []
 
 
 def _written(folder: Path) -> tuple[str, list]:
