@@ -289,7 +289,7 @@ def main(args):
         bank.close()
         if args.del_cls_imgs_dir and args.with_prior_preservation:
             prior.remove_drawn(args.concepts)
-    run.say(f"done: '{run.output_dir}' holds the adapters, samples/ and report.html")
+    run.done("the adapters")
     published = True
     if args.push_to_hub and run.is_main:
         published = hub.publish(run.output_dir, args.hub_model_id, private=args.hub_private, give_up=run.stop.requested)

@@ -248,6 +248,19 @@ def test_the_seed_of_a_run_comes_with_its_checkpoint(tmp_path, capsys):
     assert "drawn" in capsys.readouterr().out
 
 
+def test_the_last_line_names_what_is_there(tmp_path, capsys):
+    run = runtime.start(tmp_path, seed=1)
+    for more, said in (
+        ("", "the adapters"),
+        ("report.html", "the adapters and report.html"),
+        ("test_samples", "the adapters, test_samples/ and report.html"),
+        ("samples", "the adapters, samples/, test_samples/ and report.html"),
+    ):
+        (tmp_path / more).mkdir(exist_ok=True)
+        run.done("the adapters")
+        assert capsys.readouterr().out.endswith(f"done: '{tmp_path}' holds {said}\n")
+
+
 def test_metrics_are_cut_back_to_the_resumed_step(tmp_path):
     train(tmp_path, total=6, every=4)
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 7, "lo')  # cut by a kill

@@ -19,6 +19,8 @@ from utils.runtime import engines, guard, memory, progress, signals, stand_ins, 
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
+LEFT = ("samples/", "test_samples/", "report.html")  # beside what was learned; pictures only where prompts were given
+
 _current = None  # the run of this process: a notebook starts several, one after the other
 
 
@@ -168,6 +170,11 @@ class Run:
             if self._line:
                 self._line.clear()
             print(text, flush=True)
+
+    def done(self, learned: str) -> None:
+        """The last line of a run: what can be looked at now."""
+        *held, last = [learned, *(name for name in LEFT if (self.output_dir / name).exists())]
+        self.say(f"done: '{self.output_dir}' holds {', '.join(held)}{' and ' * bool(held)}{last}")
 
     def barrier(self) -> None:
         if self.world > 1:
