@@ -203,10 +203,10 @@ def main(args):
             noisy = corruption(latents, draws)  # inputs, timesteps, target, weight
             prediction = family.predict(noisy.inputs, noisy.timesteps, family.condition(batch, draws))
             error = losses.error(prediction, noisy, batch.get("mask"), args.unmasked_weight)  # (b,)
-            loss = losses.dreambooth(error, noisy.weight, batch["is_class"], args.prior_loss_weight)
+            loss, parts = losses.dreambooth(error, noisy.weight, batch["is_class"], args.prior_loss_weight)
             # The facts are looked at only when the loss is no number, to name the example.
             facts = {"timesteps": noisy.timesteps, "error": error.detach()}
-            run.backward(loss, learns, optimizer, schedule, max_norm=args.max_grad_norm, **facts)
+            run.backward(loss, learns, optimizer, schedule, max_norm=args.max_grad_norm, parts=parts, **facts)
 
         run.log(step)
         if run.due(step, 1):
@@ -258,7 +258,7 @@ def main(args):
             model_id=args.hub_model_id,
         )
     page.write()
-    run.say(f"done: '{run.output_dir}' holds the adapters, samples/ and report.html")
+    run.done("the adapters")
     published = True
     if args.push_to_hub and run.is_main:
         published = hub.publish(run.output_dir, args.hub_model_id, private=args.hub_private, give_up=run.stop.requested)

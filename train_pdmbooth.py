@@ -216,13 +216,14 @@ def main(args):
             # The photos once more, in the same pass, and what is asked about them held against the bank.
             prediction, queries_error = bank.predict(family, noisy, condition, batch)  # (b, ...), (photos,)
             error = losses.error(prediction, noisy, batch.get("mask"), args.unmasked_weight)  # (b,)
-            loss = losses.dreambooth(
+            loss, parts = losses.dreambooth(
                 error, noisy.weight, batch["is_class"], args.prior_loss_weight, instance_weight=args.use_inst_loss
             )
-            loss = loss + args.pdm_loss_weight * losses.average(queries_error)
+            parts["pdm"] = losses.part(queries_error)
+            loss = loss + args.pdm_loss_weight * parts["pdm"].mean
             # The facts are looked at only when the loss is no number, to name the example.
             facts = {"timesteps": noisy.timesteps, "error": error.detach()}
-            run.backward(loss, learns, optimizer, schedule, max_norm=args.max_grad_norm, **facts)
+            run.backward(loss, learns, optimizer, schedule, max_norm=args.max_grad_norm, parts=parts, **facts)
 
         run.log(step)
         if run.due(step, 1):
@@ -278,7 +279,7 @@ def main(args):
         bank.close()
         if args.del_cls_imgs_dir and args.with_prior_preservation:
             prior.remove_drawn(args.concepts)
-    run.say(f"done: '{run.output_dir}' holds the pipeline, samples/ and report.html")
+    run.done("the pipeline")
     published = True
     if args.push_to_hub and run.is_main:
         published = hub.publish(run.output_dir, args.hub_model_id, private=args.hub_private, give_up=run.stop.requested)

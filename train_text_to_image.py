@@ -243,7 +243,7 @@ def main(args):
             model_id=args.hub_model_id,
         )
     page.write()
-    run.say(f"done: '{run.output_dir}' holds the pipeline, samples/ and report.html")
+    run.done("the pipeline")
     published = True
     if args.push_to_hub and run.is_main:
         published = hub.publish(run.output_dir, args.hub_model_id, private=args.hub_private, give_up=run.stop.requested)

@@ -96,24 +96,32 @@ def test_dreambooth_weights_then_groups_then_averages():
     weight = torch.tensor([0.5, 3.0, 0.25, 7.0, 1.0])
     is_class = torch.tensor([False, True, False, True, False])
     instance = (1 * 0.5 + 4 * 0.25 + 16 * 1.0) / 3
-    assert losses.dreambooth(error, weight, is_class, 0.7).item() == pytest.approx(instance + 0.7 * (2 + 8) / 2)
-    weighed = losses.dreambooth(error, weight, is_class, 0.7, weigh_class=True).item()
-    assert weighed == pytest.approx(instance + 0.7 * (2 * 3 + 8 * 7) / 2)
+    total, parts = losses.dreambooth(error, weight, is_class, 0.7)
+    assert total.item() == pytest.approx(instance + 0.7 * (2 + 8) / 2)
+    told = {name: (part.mean.item(), part.found.item()) for name, part in parts.items()}
+    assert told == {"instance": (pytest.approx(instance), 1), "prior": (5, 1)}, "before their weights"
+    weighed, _ = losses.dreambooth(error, weight, is_class, 0.7, weigh_class=True)
+    assert weighed.item() == pytest.approx(instance + 0.7 * (2 * 3 + 8 * 7) / 2)
+    without, parts = losses.dreambooth(error, weight, is_class, 0.7, instance_weight=0)
+    assert without.item() == pytest.approx(0.7 * 5) and parts["instance"].mean.item() == pytest.approx(instance)
 
 
 def test_dreambooth_does_not_care_about_the_order_of_a_batch():
     error, weight = numbers(6).square(), numbers(6, seed=1).square()
     is_class = torch.tensor([False, True, True, False, True, False])
     shuffle = torch.tensor([3, 1, 5, 0, 2, 4])
-    expected = losses.dreambooth(error, weight, is_class, 1.0)
-    torch.testing.assert_close(losses.dreambooth(error[shuffle], weight[shuffle], is_class[shuffle], 1.0), expected)
+    expected, _ = losses.dreambooth(error, weight, is_class, 1.0)
+    shuffled, _ = losses.dreambooth(error[shuffle], weight[shuffle], is_class[shuffle], 1.0)
+    torch.testing.assert_close(shuffled, expected)
 
 
 def test_dreambooth_without_class_images_is_the_weighted_mean():
     error, weight = numbers(4).square(), numbers(4, seed=1).square()
-    alone = losses.dreambooth(error, weight, torch.zeros(4, dtype=torch.bool), 1.0)
+    alone, parts = losses.dreambooth(error, weight, torch.zeros(4, dtype=torch.bool), 1.0)
     torch.testing.assert_close(alone, losses.average(error, weight))
     torch.testing.assert_close(alone.item(), (error * weight).sum().item() / 4)
+    assert [part.found.item() for part in (*parts.values(), losses.part(error[:0]))] == [1, 0, 0]
+    assert losses.part(error).mean.item() == pytest.approx(sum(error.tolist()) / 4)
 
 
 def test_gradients_are_exact():
@@ -124,7 +132,7 @@ def test_gradients_are_exact():
     assert torch.autograd.gradcheck(losses.squared_error, (prediction, target))
 
     def whole(prediction, target):
-        return losses.dreambooth(losses.squared_error(prediction, target), weight, is_class, 0.5)
+        return losses.dreambooth(losses.squared_error(prediction, target), weight, is_class, 0.5)[0]
 
     assert torch.autograd.gradcheck(whole, (prediction, target))
     assert torch.autograd.gradcheck(lambda p: losses.average(losses.squared_error(p, target), weight), (prediction,))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_exactness import Killed, stop  # noqa: F401 - a fixture
-from test_scripts import losses, same, train, weights  # noqa: F401 - train is a fixture
+from test_scripts import losses, parts, rows, same, train, weights  # noqa: F401 - train is a fixture
 
 from utils import arguments, datasets, models, noise, pdm, randomness, targets
 from utils.pdm import features, files
@@ -327,7 +327,9 @@ def test_a_file_is_whole_or_absent(tmp_path):
 
 def test_without_its_loss_it_is_dreambooth(train):  # noqa: F811
     options = "--max_train_steps 2 --train_batch_size 2 --learning_rate 1e-3"
-    assert losses(train("train_pdmbooth", options, "a")) == losses(train("train_dreambooth", options, "b"))
+    plain = train("train_pdmbooth", options, "a")
+    assert losses(plain) == losses(train("train_dreambooth", options, "b"))
+    assert not parts(plain), "one part alone is the loss"
     assert losses(train("train_pdmbooth_lora", options, "c")) == losses(train("train_dreambooth_lora", options, "d"))
 
 
@@ -335,6 +337,8 @@ def test_the_gradient_reaches_the_layer_and_nothing_after_it(train, sd1):  # noq
     layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     options = f"{PDM} --max_train_steps 1 --train_batch_size 2 --pdm_layer {layer} --adam_weight_decay 0"
     folder = train("train_pdmbooth", options.replace("--use_inst_loss", ""))
+    (row,) = rows(folder)
+    assert row["loss"] == pytest.approx(0.1 * row["loss_pdm"], rel=1e-6) and row["loss_instance"] > 0  # only watched
     before, after = (load_file(path / "unet/diffusion_pytorch_model.safetensors") for path in (sd1, folder))
     moved = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
     assert f"{layer}.to_q.weight" in moved and "conv_in.weight" in moved
@@ -373,13 +377,17 @@ def test_split_batches_and_saved_activations_change_nothing(train, class_photos)
     options = f"{PDM} --max_train_steps 2 --pdm_loss_weight 5 --use_prior_loss --cls_data_dir {class_photos}"
     options += " --num_cls_imgs 4"
     whole = train("train_pdmbooth_lora", f"{options} --train_batch_size 4", "whole")
-    parts = train("train_pdmbooth_lora", f"{options} --train_batch_size 2 --gradient_accumulation_steps 2", "parts")
+    split = train("train_pdmbooth_lora", f"{options} --train_batch_size 2 --gradient_accumulation_steps 2", "split")
     twice = train("train_pdmbooth_lora", f"{options} --train_batch_size 4 --gradient_ckpting", "twice")
-    assert losses(whole) == pytest.approx(losses(parts), rel=1e-4)
+    assert losses(whole) == pytest.approx(losses(split), rel=1e-4) and parts(whole) == pytest.approx(
+        parts(split), rel=1e-4
+    )
     assert losses(whole) == pytest.approx(losses(twice), rel=1e-5)
+    sums = [row["loss_instance"] + row["loss_prior"] + 5 * row["loss_pdm"] for row in rows(whole)]
+    assert losses(whole) == pytest.approx(sums, rel=1e-6)
     less = train("train_pdmbooth_lora", f"{options} --train_batch_size 4".replace("weight 5", "weight 0"), "less")
     assert losses(less)[0] < losses(whole)[0]
-    one, other = weights(whole), weights(parts)
+    one, other = weights(whole), weights(split)
     assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
 
 
@@ -417,6 +425,7 @@ def test_resumed_equals_uninterrupted(train, stop, script, photos, capsys):  # n
         assert "belongs to another run" in (said := capsys.readouterr().err) and "pdm" in said
     cut = train(script, f"{options} --resume_from_ckpt latest", "cut")
     assert same(whole, cut) and losses(whole) == losses(cut) and len(losses(cut)) == 5
+    assert parts(whole) == parts(cut) and len(parts(cut)) == 5 * 2
     assert not (cut / "pdm_features").exists()
 
 

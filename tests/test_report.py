@@ -63,8 +63,8 @@ def make_run(folder, steps=400, every=50, prompts=("a photo of sks dog on the be
 class Photos:
     """Three instance photos and twenty class images, with the methods of a dataset that the report uses."""
 
-    def __init__(self, side):
-        self.side = side
+    def __init__(self, side, masked=False):
+        self.side, self.masked = side, masked
         self.instance, self.classes = ([SimpleNamespace(is_class=kind)] * n for kind, n in ((False, 3), (True, 20)))
 
     def __len__(self):
@@ -76,9 +76,15 @@ class Photos:
         shade = torch.linspace(-1, 1, self.side).expand(3, self.side, self.side)
         place = position % 3
         return [
-            {"pixels": shade, "captions": EVIL, "is_class": False, "keys": f"i{place}"},
-            {"pixels": -shade, "captions": "a photo of dog", "is_class": True, "keys": f"c{position}"},
+            {"pixels": shade, "captions": EVIL, "is_class": False, "keys": f"i{place}"} | self.masks(0),
+            {"pixels": -shade, "captions": "a photo of dog", "is_class": True, "keys": f"c{position}"}
+            | self.masks(255),
         ]
+
+    def masks(self, shade):
+        import torch
+
+        return {"mask": torch.full((1, self.side, self.side), shade, dtype=torch.uint8)} if self.masked else {}
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +104,13 @@ def test_page_says_what_happened(run, page):
     shown = html.unescape(re.sub(r"<[^>]+>", " ", text))
     assert "400 of 500" in shown and "a photo of sks dog on the beach" in shown
     assert "class images" in shown and "24.6 s" in shown and "2 h 13 min" in shown
-    assert "125 ms" in shown and "3.50 GiB" in shown and "2 min 55 s" in shown  # 2 x (4100 - 4000 - 12.3) is the rest
+    assert "125 ms" in shown and "3.50 GiB" in shown and "21.0 s" in shown
+    assert re.findall(r"<tr><td>([^<]*)</td><td class=\"amount\">([^<]*)</td>", text[text.index("<h3>Time") :])[:4] == [
+        ("class images", "24.6 s"),
+        ("training", "2 h 13 min"),
+        ("start-up, loading and the rest", "2 min 55 s"),
+        ("in all", "2 h 16 min"),  # 2 x 4100 s
+    ]
     assert "3, as the network sees them" in shown and "12 of 20, as the network sees them" in shown
     assert "checkpoint-200/" in shown and "--resume_from_checkpoint latest" in shown
     # 9 validations x 2 prompts x 4 images, 3 training photos, 12 class images: every one is embedded
@@ -149,6 +161,14 @@ def test_non_finite_values_are_counted_not_drawn(tmp_path):
     assert "2 values were not finite" in text and "nan" not in re.search("<svg.*?</svg>", text, re.DOTALL)[0].lower()
 
 
+def test_the_parts_of_the_loss_have_curves_beside_it(tmp_path):
+    rows = [{"step": s, "loss": 3.0, "loss_instance": 1.0, "loss_pdm": 20.0, "grad_norm": 1.0} for s in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps({**row, "lr": 1e-4}) for row in rows))
+    text = report.Report(SimpleNamespace(output_dir=str(tmp_path), is_main=True)).build()
+    charts = re.findall('<svg.*?aria-label="(.*?)".*?<title>step 1: raw (.*?),', text)
+    assert charts == [("Loss", "3"), ("Loss of the photos", "1"), ("Loss of queries", "20")] + charts[3:]
+
+
 def test_thinning_keeps_spikes_and_ends():
     steps = list(range(10_000))
     values = [0.1] * 10_000
@@ -162,6 +182,26 @@ def test_thinning_keeps_spikes_and_ends():
 def test_ticks_are_round_and_inside(low, high):
     marks = curves.ticks(low, high, 4)
     assert 3 <= len(marks) <= 10 and low <= marks[0] and marks[-1] <= high * (1 + 1e-9)
+
+
+def axis(svg):
+    """The lowest and the highest number beside the axis of values, by their places, at its two ends."""
+    marks = re.findall(r'y="([\d.]+)" text-anchor="end">([\d.,-]+)<', svg)
+    (bottom, low), (top, high) = [(float(y) - 4.5, float(value)) for y, value in (marks[0], marks[-1])]
+    scale = (high - low) / (bottom - top)
+    ends = (curves.HEIGHT - curves.BOTTOM, curves.TOP)
+    return [round(low + (bottom - end) * scale, 2) for end in ends]
+
+
+@pytest.mark.parametrize(
+    "values, ends",
+    [([1, 1], [0.5, 1]), ([0, 0], [0, 0.5]), ([0.4, 1], [0.36, 1]), ([0.8], [0.4, 1]), ([0.9, 1.1], [0.89, 1.11])],
+)
+def test_the_axis_of_shares_ends_at_one(values, ends):
+    lines = [("judge_i", list(range(len(values))), values, "main")]
+    assert axis(curves.chart("Likeness", lines, shares=True)) == ends
+    low, high = axis(curves.chart("Loss", lines))
+    assert low < ends[0] or high > ends[1] or ends == [0.89, 1.11]
 
 
 def test_a_page_of_ten_thousand_lines_is_built_at_once(tmp_path):
@@ -273,6 +313,14 @@ def test_photos_are_shown_as_the_network_sees_them(photos, class_photos, tmp_pat
     assert shown == pytest.approx(first["pixels"][:, 9, 5].tolist(), abs=0.005)
     assert listed["images"][0]["caption"] == "a photo of sks dog"
     assert report.Report(SimpleNamespace(output_dir=str(tmp_path), is_main=True)).build().count("<img src=") == 7
+
+
+def test_a_red_veil_is_explained_where_there_is_one(tmp_path):
+    for masked in (False, True):
+        report.preview(Photos(32, masked), tmp_path)
+        page = report.Report(SimpleNamespace(output_dir=str(tmp_path), is_main=True)).build()
+        told = re.findall("All 3, as|12 of 20, as|mask leaves out is tinted red", page)
+        assert told == ["All 3, as", *["mask leaves out is tinted red"] * masked, "12 of 20, as"]
 
 
 def test_the_contact_sheet_shows_crop_caption_and_tokens(tmp_path):

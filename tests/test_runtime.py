@@ -76,6 +76,31 @@ def test_accumulated_gradients_are_divided_once(tmp_path):
         assert whole["grad_norm"] == pytest.approx(split["grad_norm"], rel=1e-5)
 
 
+def test_parts_of_a_loss_are_means_over_the_batches_that_have_them(tmp_path):
+    """Batch 2 four times: two of them hold a class image, and the other two count as no loss of zero."""
+    options = {"accumulate": 4, "dropout": False, "classes": True}
+    train(tmp_path / "whole", total=3, every=1, **options)
+    learns, rows = Learns(), told(tmp_path / "whole")
+    for step, row in enumerate(rows):
+        if step:
+            learns.load(tmp_path / "whole" / f"checkpoint-{step}")
+        x = toy_training.randomness.Draws(7, torch.arange(8 * step, 8 * step + 8)).normal("x", (4,))
+        error = (learns.net.eval()(x).squeeze(1) - x.sum(dim=1)).square().tolist()
+        photos = [error[1], (error[2] + error[3]) / 2, error[5], (error[6] + error[7]) / 2]  # a number for each batch
+        assert row["loss_instance"] == pytest.approx(sum(photos) / 4, rel=1e-5)
+        assert row["loss_prior"] == pytest.approx((error[0] + error[4]) / 2, rel=1e-5)
+        assert row["loss"] == pytest.approx(row["loss_instance"] + 0.5 * row["loss_prior"] * 2 / 4, rel=1e-5)
+
+    train(tmp_path / "cut", total=2, **options)
+    train(tmp_path / "cut", total=3, resume="latest", **options)
+    parts = [
+        [{n: v for n, v in row.items() if "loss" in n} for row in told(tmp_path / name)] for name in ("whole", "cut")
+    ]
+    assert parts[0] == parts[1] and len(parts[1]) == 3
+    train(tmp_path / "alone", total=1, batch=1, classes=True)
+    assert "loss_prior" not in told(tmp_path / "alone")[0], "one part alone is the loss"
+
+
 def test_equals_a_plain_loop(tmp_path):
     train(tmp_path, total=3, batch=4, dropout=False, max_norm=0.5)
     learns = Learns()
@@ -221,6 +246,19 @@ def test_the_seed_of_a_run_comes_with_its_checkpoint(tmp_path, capsys):
     (tmp_path / "theirs" / "checkpoint-3" / "manifest.json").write_text("[1]")
     startup.settle_seed(None, tmp_path / "theirs", "latest")
     assert "drawn" in capsys.readouterr().out
+
+
+def test_the_last_line_names_what_is_there(tmp_path, capsys):
+    run = runtime.start(tmp_path, seed=1)
+    for more, said in (
+        ("", "the adapters"),
+        ("report.html", "the adapters and report.html"),
+        ("test_samples", "the adapters, test_samples/ and report.html"),
+        ("samples", "the adapters, samples/, test_samples/ and report.html"),
+    ):
+        (tmp_path / more).mkdir(exist_ok=True)
+        run.done("the adapters")
+        assert capsys.readouterr().out.endswith(f"done: '{tmp_path}' holds {said}\n")
 
 
 def test_metrics_are_cut_back_to_the_resumed_step(tmp_path):
@@ -594,7 +632,7 @@ def test_lost_processes_are_refused(tmp_path):
 def test_two_processes_are_one_training(tmp_path):
     """Real gloo processes: the same numbers as one process with the whole batch; stop and resume in both."""
     torchrun = [str(BIN / "torchrun"), "--nproc_per_node", "2", PROGRAM, str(tmp_path / "two")]
-    options = ["accumulate=2", "batch=2", "dropout=False"]
+    options = ["accumulate=2", "batch=2", "dropout=False", "classes=True"]
     two = environment(ACCELERATE_USE_CPU="true")
 
     def launch(*more):
@@ -605,10 +643,12 @@ def test_two_processes_are_one_training(tmp_path):
     done = launch("total=6", "resume=latest")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("resumed from") == 1
-    train(tmp_path / "one", total=6, batch=4, accumulate=2, dropout=False)
+    # Only the first process has class images: batch by batch that is what one process sees.
+    train(tmp_path / "one", total=6, batch=2, accumulate=4, dropout=False, classes=True)
     assert [row["step"] for row in told(tmp_path / "two")] == [1, 2, 3, 4, 5, 6]
     for one, both in zip(told(tmp_path / "one"), told(tmp_path / "two"), strict=True):
-        assert both["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        for name in ("loss", "loss_instance", "loss_prior"):
+            assert both[name] == pytest.approx(one[name], rel=1e-5)
         assert both["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
 
     # One process cannot read a picture: all of them stop before that step, and save the one before it.

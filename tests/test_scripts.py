@@ -63,6 +63,11 @@ def losses(folder):
     return [row["loss"] for row in rows(folder) if "loss" in row]
 
 
+def parts(folder):
+    """What the losses are made of: for each step instance, prior and pdm, as far as there are."""
+    return [value for row in rows(folder) for name, value in row.items() if name.startswith("loss_")]
+
+
 def stock(model):
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
@@ -288,7 +293,10 @@ def test_golden_losses(train, script, class_photos):
         "--max_train_steps 3 --train_batch_size 2 --learning_rate 1e-3 --center_crop --snr_gamma 5 --noise_offset 0.1"
         f" --with_prior_preservation --class_data_dir '{class_photos}' --class_prompt 'a dog' --num_class_images 4"
     )
-    assert losses(train(script, options)) == pytest.approx(GOLDEN[script], rel=1e-4)
+    folder = train(script, options)
+    assert losses(folder) == pytest.approx(GOLDEN[script], rel=1e-4)
+    sums = [row["loss_instance"] + row["loss_prior"] for row in rows(folder)]
+    assert losses(folder) == pytest.approx(sums, rel=1e-6)
 
 
 @BOTH

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_scripts import losses, weights
+from test_scripts import losses, parts, weights
 
 from utils import images
 
@@ -84,11 +84,13 @@ def test_two_processes_equal_one(ran, name, tmp_path):
         module = importlib.import_module(script)
         module.main(module.parse_args(given))
         assert losses(folder) == pytest.approx(losses(base / name), rel=1e-6)
+        assert parts(folder) == pytest.approx(parts(base / name), rel=1e-6)
         one, two = weights(folder), weights(base / name)
         assert one.keys() == two.keys()
         for key in one:  # of what was learned, not of the weights, most of which hardly move
             assert torch.allclose(one[key], two[key], rtol=1e-5, atol=1e-7), key
     assert losses(base / name)[0] != losses(base / name)[1]
+    assert len(parts(base / name)) == 3 * (3 if name == "pdm" else 2)
 
 
 def test_no_two_processes_draw_the_same(ran):

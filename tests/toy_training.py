@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from utils import checkpoints, ema, randomness, runtime
+from utils import checkpoints, ema, losses, randomness, runtime
 
 
 class Family:
@@ -93,6 +93,7 @@ def train(
     hold=None,  # "phase": wait inside a phase before training
     scale=None,  # of the loss, as in fp16
     fused=False,  # steps within the backward pass
+    classes=False,  # every fourth example is of the class: with two processes and batches of 2 the second has none
     **options,
 ):
     run = runtime.start(folder, seed=7, accumulate=accumulate, resuming=resume, **options)
@@ -127,13 +128,15 @@ def train(
         with run.accumulate(learns):
             x = draws.normal("x", (width,))
             error = (family.unet(x).squeeze(1) - x.sum(dim=1)).square()
-            loss = error.mean()
+            loss, parts = error.mean(), None
+            if classes:
+                loss, parts = losses.dreambooth(error, torch.ones_like(error), records["ids"] % 4 == 0, 0.5)
             if poison == step:
                 error = error * torch.tensor([1.0] * (batch - 1) + [float("nan")])
                 loss = error.mean()
             if poison == -step:
                 loss = loss + float("inf")
-            run.backward(loss, learns, chosen, schedule, max_norm=max_norm, error=error.detach())
+            run.backward(loss, learns, chosen, schedule, max_norm=max_norm, parts=parts, error=error.detach())
         if run.due(step, 1):
             average.update(step)
         run.log(step)

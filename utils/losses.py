@@ -3,6 +3,8 @@
 Nothing here selects rows by a mask, because that would make the processor wait for the device at every step.
 """
 
+from typing import NamedTuple
+
 import torch
 
 
@@ -84,16 +86,26 @@ def dreambooth(
     prior_weight: float = 1.0,
     weigh_class: bool = False,  # the timestep weight is meant for the subject; True applies it to class images too
     instance_weight: float = 1.0,  # 0: the photos are learned from in another way
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, dict[str, "Part"]]:
     """instance_weight * mean(instance) + prior_weight * mean(class): Ruiz et al. 2022, DreamBooth, equation 2.
 
-    A batch without class images has no second term.
+    A batch without class images has no second term. Beside the sum its parts, for the log.
     """
     weighted = error * weight
-    instance = _mean_where(weighted, ~is_class)
-    prior = _mean_where(weighted if weigh_class else error, is_class)
-    return instance_weight * instance + prior_weight * prior
+    instance = part(weighted, ~is_class)
+    prior = part(weighted if weigh_class else error, is_class)
+    return instance_weight * instance.mean + prior_weight * prior.mean, {"instance": instance, "prior": prior}
 
 
-def _mean_where(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    return torch.where(chosen, values, 0).sum() / chosen.sum().clamp(min=1)
+class Part(NamedTuple):
+    """A term of the loss, before its weight."""
+
+    mean: torch.Tensor
+    found: torch.Tensor  # 1, or 0: this batch has none of it, which is no loss of 0
+
+
+def part(values: torch.Tensor, chosen: torch.Tensor | None = None) -> Part:
+    """Mean of the chosen values, or of all; of none it is 0."""
+    chosen = torch.ones_like(values, dtype=torch.bool) if chosen is None else chosen
+    count = chosen.sum()
+    return Part(torch.where(chosen, values, 0).sum() / count.clamp(min=1), count.clamp(max=1))

@@ -22,6 +22,7 @@ from utils.report import curves, gallery
 
 MOST_STEPS = 20  # validations shown for each prompt: the first, the newest, and evenly between
 WHOLE = (1040, 4000)  # pixels: the contact sheet is embedded as large as it is
+PARTS = {"loss_instance": "Loss of the photos", "loss_prior": "Loss of the class images", "loss_pdm": "Loss of queries"}
 STROKES = ("main", "second", "third")
 preview = gallery.preview  # report.preview(dataset, output_dir): the photos as the network sees them
 contact_sheet = gallery.contact_sheet  # report.contact_sheet(dataset, output_dir, ...): data_preview.png
@@ -124,6 +125,8 @@ class Report:
             if photos:
                 some = f"{len(photos)} of {count}" if count > len(photos) else f"All {count}"
                 remark = f"{some}, as the network sees them: cropped, resized, with the caption each is trained on."
+                if any(entry.get("masked") for entry in chosen):
+                    remark += " What a mask leaves out is tinted red here."
                 sections.append((heading, remark, photos))
         return sections
 
@@ -202,7 +205,7 @@ def _spread(steps: list[int], most: int) -> list[int]:
 
 
 def _charts(rows: list[dict]) -> list[dict]:
-    """Loss first, then learning rates on one axis, then whatever else was logged."""
+    """Loss and its parts first, then learning rates on one axis, then whatever else was logged."""
     from markupsafe import Markup
 
     every = curves.names(rows)
@@ -212,7 +215,7 @@ def _charts(rows: list[dict]) -> list[dict]:
     titles = {"grad_norm": "Gradient norm", "seconds": "Seconds a step"}
     every = [name for name in every if not name.startswith("test_")]  # told once, in a table
     judged = scores.meanings(every)
-    groups = [("Loss", ["loss"]), ("Learning rate", rates[:3])]
+    groups = [("Loss", ["loss"]), *((text, [name]) for name, text in PARTS.items()), ("Learning rate", rates[:3])]
     for text in dict.fromkeys(judged.values()):
         groups.append((text.capitalize(), [name for name in judged if judged[name] == text]))
     known = {"skipped", "spike", *(name for _, names in groups for name in names), *rates}
@@ -229,7 +232,7 @@ def _charts(rows: list[dict]) -> list[dict]:
                 window = curves.window_for(len(values))
                 smoothed = curves.smooth(values, window)
                 lines += [("raw", steps, values, "raw"), (f"mean of about {window}", steps, smoothed, "main")]
-        svg = curves.chart(title, lines, crop_spikes=title != "Learning rate")
+        svg = curves.chart(title, lines, crop_spikes=title != "Learning rate", shares=bool(judged.keys() & names))
         if svg:
             legend = [(line[0], line[3]) for line in lines]
             charts.append({"title": title, "svg": Markup(svg), "legend": legend, "lost": lost})
@@ -275,6 +278,8 @@ def _tiles(rows: list[dict], step, total, sessions: list[dict]) -> list[tuple[st
         )
     if sessions:
         tiles.append(("in all", duration(sum(s.get("seconds", 0) for s in sessions))))
+        if first := sessions[-1].get("seconds_to_first_step"):
+            tiles.append(("until the first step was done", duration(first)))
         if pace := sessions[-1].get("median_step_seconds"):
             tiles.append(("median step", f"{pace * 1000:.0f} ms" if pace < 1 else f"{pace:.2f} s"))
         if peak := max(s.get("peak_memory_gib") or 0 for s in sessions):
@@ -294,17 +299,14 @@ def _judged(rows: list[dict]) -> tuple[str, list]:
 
 
 def _timings(sessions: list[dict]) -> tuple[str, list]:
-    """Where the time went, all sessions together; what no phase names is start-up, logging and saving."""
-    phases, rest = {}, 0.0
+    """Where the time went, all sessions together: rows that add up to the last."""
+    phases, total = {}, sum(session.get("seconds", 0) for session in sessions)
     for session in sessions:
-        rest += session.get("seconds", 0)
         for name, seconds in session.get("phases", {}).items():
             phases[name] = phases.get(name, 0) + seconds
-            rest -= seconds
-    rows = [(name, duration(seconds), None) for name, seconds in phases.items()]
-    if first := sessions and sessions[-1].get("seconds_to_first_step"):
-        rows.append(("until the first step was done", duration(first), None))
-    return "Time", [*rows, ("everything else", duration(max(rest, 0)), None)] if sessions else []
+    phases["start-up, loading and the rest"] = max(total - sum(phases.values()), 0)
+    rows = [(name, duration(seconds), None) for name, seconds in (*phases.items(), ("in all", total))]
+    return "Time", rows if sessions else []
 
 
 def _written(folder: Path) -> tuple[str, list]:

@@ -123,11 +123,11 @@ def number(value: float) -> str:
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
-def chart(title: str, lines: list[tuple[str, list, list, str]], crop_spikes: bool = False) -> str:
+def chart(title: str, lines: list[tuple[str, list, list, str]], crop_spikes: bool = False, shares: bool = False) -> str:
     """An SVG with axes, grid and hover titles. lines: (label, steps, values, class of the stroke).
 
     With `crop_spikes` the axis follows the middle 98 % of the values, so that one wild step does not flatten the rest;
-    the pointer still shows the true values.
+    the pointer still shows the true values. With `shares` it ends at 0 and 1, if no value is beyond.
     """
     lines = [line for line in lines if line[1]]
     if not lines:
@@ -141,6 +141,8 @@ def chart(title: str, lines: list[tuple[str, list, list, str]], crop_spikes: boo
     else:
         pad = (high - low) * 0.06
         low, high = (0.0 if 0 <= low <= pad * 4 else low - pad), high + pad
+    if shares and every[0] >= 0 and every[-1] <= 1:
+        low, high = max(low, 0.0), min(high, 1.0)
     span = (last - first) or 1
     scale_x, scale_y = (WIDTH - LEFT - RIGHT) / span, (HEIGHT - TOP - BOTTOM) / (high - low)
 
@@ -153,8 +155,9 @@ def chart(title: str, lines: list[tuple[str, list, list, str]], crop_spikes: boo
     clip = "clip-" + "".join(c if c.isascii() and c.isalnum() else "-" for c in title)
     parts = [
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
-        f'<clipPath id="{clip}"><rect x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}"'
-        f' height="{HEIGHT - TOP - BOTTOM}"/></clipPath>',
+        # A little higher than the frame: a line along its edge would be cut in half.
+        f'<clipPath id="{clip}"><rect x="{LEFT}" y="{TOP - 4}" width="{WIDTH - LEFT - RIGHT}"'
+        f' height="{HEIGHT - TOP - BOTTOM + 8}"/></clipPath>',
     ]
     for value in ticks(low, high, 4):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')

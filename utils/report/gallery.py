@@ -97,10 +97,11 @@ def preview(dataset, output_dir) -> None:
             pixels = ((record["pixels"] + 1) * 127.5).round().clip(0, 255).byte()  # (3, h, w) in [-1, 1]
             name = f"{'class' if kind else 'instance'}-{len(listed):02d}.png"
             picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-            if "mask" in record:
+            masked = "mask" in record and bool((record["mask"] < 255).any())
+            if masked:
                 picture = sheets.veiled(picture, Image.fromarray(record["mask"][0].numpy()))
             picture.save(folder / name)
-            listed.append({"file": name, "is_class": kind, "caption": record["captions"]})
+            listed.append({"file": name, "is_class": kind, "caption": record["captions"], "masked": masked})
         if not any(want.values()):
             break
     told = {"images": listed, "instance_count": counts[False], "class_count": counts[True]}

@@ -9,6 +9,7 @@ import contextlib
 import math
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from utils import errors, randomness, weightwise
 from utils.runtime import engines, guard, memory, progress, signals, stand_ins, startup, trackers
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+LEFT = ("samples/", "test_samples/", "report.html")  # beside what was learned; pictures only where prompts were given
 
 _current = None  # the run of this process: a notebook starts several, one after the other
 
@@ -89,7 +92,7 @@ class Run:
         self.engine = engines.made_for(accelerator, accumulate)
         self._wrapped, self._parameters = {}, None  # modules as prepared; (learns, its parameters)
         self._fused = None  # the optimizer's step inside the backward pass
-        self._loss, self._examples = None, []  # of the optimizer step under way
+        self._losses, self._examples = None, []  # of the optimizer step under way
         self.told = {}  # loss, gradient norm, learning rate, seconds of the last completed step
         self._line = None
 
@@ -168,6 +171,11 @@ class Run:
                 self._line.clear()
             print(text, flush=True)
 
+    def done(self, learned: str) -> None:
+        """The last line of a run: what can be looked at now."""
+        *held, last = [learned, *(name for name in LEFT if (self.output_dir / name).exists())]
+        self.say(f"done: '{self.output_dir}' holds {', '.join(held)}{' and ' * bool(held)}{last}")
+
     def barrier(self) -> None:
         if self.world > 1:
             torch.distributed.barrier()
@@ -238,7 +246,7 @@ class Run:
         with contextlib.suppress(KeyboardInterrupt):  # only where our handlers could not be installed
             while self.step < total and not self.stopping:
                 step = self.step + 1
-                self._loss, self._examples = None, []
+                self._losses, self._examples = None, []
                 self.stand_ins.begin_step()
                 for micro in range(self.accumulation):
                     batch = next(batches, None)
@@ -281,17 +289,29 @@ class Run:
             with self.accelerator.accumulate(*self._wrapped.values()):
                 yield
 
-    def backward(self, loss, learns, optimizer, schedule=None, *, max_norm: float | None = 1.0, **facts) -> None:
+    def backward(
+        self,
+        loss,
+        learns,
+        optimizer,
+        schedule=None,
+        *,
+        max_norm: float | None = 1.0,
+        parts: dict | None = None,  # of the loss: name -> losses.Part; logged where there are several
+        **facts,
+    ) -> None:
         """Backward; in the last micro batch also guard, clip, step, schedule and zero.
 
         The one moment per optimizer step at which the host waits for the device: loss, gradient norm and the wish
         to stop are fetched together. `facts` (timesteps, error per example) are looked at only if the guard fires.
         """
+        parts = parts or {}
         if self._fused:  # each weight is stepped as soon as its gradient is there
             self._fused.begin(self.step + 1, loss, self.stand_ins.fatal)
         self.engine.backward(loss)  # divides by the accumulation steps
-        part = loss.detach().float() / self.accumulation
-        self._loss = part if self._loss is None else self._loss + part
+        told = [loss.detach() / self.accumulation, *(value for part in parts.values() for value in part)]
+        told = torch.stack([value.detach().float() for value in told])
+        self._losses = told if self._losses is None else self._losses + told
         if facts and self._examples:
             self._examples[-1] |= facts
         if not self.accelerator.sync_gradients:
@@ -302,7 +322,7 @@ class Run:
         if self.scaler is not None:
             self.scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
         norm = (self._fused.norm() if self._fused else guard.gradient_norm(parameters)).to(self.device)
-        loss, size, self._agreed, stood_in, unusable = self._agree(self._loss, norm)
+        loss, sums, size, self._agreed, stood_in, unusable = self._agree(self._losses, norm)
         if unusable:  # what this step saw is not what was asked for: it is left out, and the run ends before it
             self._agreed = errors.DATA
             return
@@ -321,24 +341,29 @@ class Run:
                 if not stepped:
                     warnings.simplefilter("ignore")
                 schedule.step()
-        self._complete(loss, size, rates, stepped, spike, stood_in)
+        self._complete(loss, _means(parts, sums), size, rates, stepped, spike, stood_in)
 
-    def _agree(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float, int, int, bool]:
-        """Mean loss, gradient norm (equal everywhere: gradients were averaged), the highest stop code, how many
-        examples others stood in for, and whether one of them ends the run."""
+    def _agree(self, losses: torch.Tensor, norm: torch.Tensor) -> tuple[float, list[float], float, int, int, bool]:
+        """Mean loss, sums over its parts, gradient norm (equal everywhere: gradients were averaged), the highest stop
+        code, how many examples others stood in for, and whether one of them ends the run."""
         facts = [self.stop.code if self.interrupted else 0, self.stand_ins.in_step, self.stand_ins.fatal]
+        own = [norm.float(), *losses.unbind()]
         if self.world == 1:
-            return *torch.stack([loss, norm.float()]).tolist(), *facts
-        own = torch.stack([loss, norm.float(), *(torch.full_like(loss, fact) for fact in facts)])
+            norm, loss, *sums = torch.stack(own).tolist()
+            return loss, sums, norm, *facts
+        own = torch.stack([*(torch.full_like(losses[0], fact) for fact in facts), *own])
         everyone = [torch.empty_like(own) for _ in range(self.world)]
         torch.distributed.all_gather(everyone, own)
-        losses, norms, codes, stood_in, fatal = torch.stack(everyone).T.tolist()
-        return math.fsum(losses) / self.world, norms[0], int(max(codes)), int(sum(stood_in)), any(fatal)
+        codes, stood_in, fatal, norms, *sums = torch.stack(everyone).T.tolist()
+        loss, *sums = map(math.fsum, sums)
+        return loss / self.world, sums, norms[0], int(max(codes)), int(sum(stood_in)), any(fatal)
 
-    def _complete(self, loss, norm, rates: dict, stepped: bool, spike: float | None, stood_in: int) -> None:
+    def _complete(
+        self, loss, parts: dict, norm, rates: dict, stepped: bool, spike: float | None, stood_in: int
+    ) -> None:
         seconds = self.clock.step()
         self.step += 1
-        self.told = {"loss": loss, "grad_norm": norm, **rates, "seconds": round(seconds, 5)}
+        self.told = {"loss": loss, **parts, "grad_norm": norm, **rates, "seconds": round(seconds, 5)}
         if not stepped:
             self.told["skipped"] = 1
         if spike is not None:
@@ -356,7 +381,7 @@ class Run:
         return bool(every) and step == self.step and step % every == 0
 
     def log(self, step: int, **values) -> None:
-        """Writes loss, grad_norm, lr, seconds and `values` (numbers or one-number tensors) of a completed step."""
+        """Writes loss and its parts, grad_norm, lr, seconds and `values` (numbers or tensors) of a completed step."""
         if not self.is_main or step != self.step or (step % self.log_every and step != self.total):
             return
         told = {**self.told, **{name: float(value) for name, value in values.items() if value is not None}}
@@ -375,6 +400,12 @@ class Run:
         """name -> PIL images, for the trackers that show pictures."""
         self.trackers.start(self.config)
         self.trackers.log_images(images, step)
+
+
+def _means(parts: Iterable[str], sums: list[float]) -> dict[str, float]:
+    """(sum, how many batches it is of) of each part => its mean, if some batch had it. One alone is the loss itself."""
+    found = {f"loss_{name}": total / n for name, total, n in zip(parts, sums[::2], sums[1::2]) if n}
+    return found if len(found) > 1 else {}
 
 
 def _rates(groups: list[dict]) -> dict[str, float]:
