@@ -118,7 +118,7 @@ def main(args):
     kind, changes = find_scheduler(args.scheduler)
     pipeline = assembling.pipeline(base, loras, modules, device, dtype, kind, changes, args.allow_pickle, learned)
     refiner = assembling.refiner(args.refiner, pipeline, kind, changes) if args.refiner else None
-    say_averaged(loras, modules)
+    say_averaged(loras, modules, learned)
     told = {
         "negative_prompt": args.negative_prompt,
         "steps": args.num_inference_steps,
@@ -131,7 +131,7 @@ def main(args):
         ],
         **({"embeddings": [f"{one.file.parent.name}/{one.file.name}" for one in learned]} if learned else {}),
         "checkpoint": Path(args.checkpoint).name if args.checkpoint else "",
-        "averaged": ", ".join(path.name for path in averaged(loras, modules)),
+        "averaged": ", ".join(path.name for path in averaged(loras, modules, learned)),
         "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
         **({"refiner": validation.public_name(args.refiner), "refiner_start": args.refiner_start} if refiner else {}),
     }
@@ -283,20 +283,20 @@ def print_plan(base, loras: list, modules: dict, learned: list, jobs: list, file
         print(f"embeddings: {one.file}, " + ", ".join(one.words or one.names))
     for name, path in modules.items():
         print(f"{name}: {path}")
-    say_averaged(loras, modules)
+    say_averaged(loras, modules, learned)
     for (prompt, seed), file in zip(jobs, files):
         print(f"{file}  seed {seed}  {prompt}")
     return []
 
 
-def averaged(loras: list, modules: dict) -> list:
+def averaged(loras: list, modules: dict, learned: list) -> list:
     """Checkpoints whose averaged weights are drawn with, as the finished result of their run would be."""
-    paths = [*(lora.file for lora in loras), *modules.values()]
+    paths = [*(one.file for one in [*loras, *learned]), *modules.values()]
     return list(dict.fromkeys(path.parent for path in paths if saved.averaged(path) != path))
 
 
-def say_averaged(loras: list, modules: dict) -> None:
-    for checkpoint in averaged(loras, modules):
+def say_averaged(loras: list, modules: dict, learned: list) -> None:
+    for checkpoint in averaged(loras, modules, learned):
         print(f"{checkpoint.name}: drawn with its averaged weights (--use_ema)", flush=True)
 
 

@@ -453,6 +453,11 @@ def test_a_dataset_with_columns(tmp_path, capsys):
     for split in ("train", "test"):
         (only,) = datasets.hub(str(tmp_path / "parts"), split=split, prompt="p")
         assert f"/{split}/" in only.source
+    assert len(datasets.hub(str(tmp_path / "parts"), prompt="p")) == 2, "without a split, all of them"
+    rows = [{"file_name": f"{name}.png", "text": name} for name in ("train/a", "test/b")]
+    (tmp_path / "parts" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (only,) = datasets.hub(str(tmp_path / "parts"), split="test", caption_column="text")
+    assert only.caption == "test/b"
     (tmp_path / "pictures" / "1.png").write_text("no picture")
     table = library.Dataset.from_dict({"image": paths}).cast_column("image", library.Image())
     table.to_parquet(tmp_path / "damaged" / "train.parquet")

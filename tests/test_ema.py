@@ -108,7 +108,7 @@ def test_what_whole_weights_are_written_through_may_be_others(tmp_path):
 def test_foreign_averages_are_refused(tmp_path, capsys):
     average = Average(Learns(weights()))
     for state, told in (
-        ({}, "is missing: what this run trains was saved with other options"),
+        ({}, "holds no averaged weights to go on with; leave --use_ema out"),
         ({"a": torch.zeros(3, 4)}, "missing b"),
         ({"a": torch.zeros(4, 3), "b": torch.zeros(2)}, "a is (4, 3), expected (3, 4)"),
     ):

@@ -489,6 +489,8 @@ def test_a_checkpoint_is_drawn_with_its_averages(sd1, base_images, tmp_path, cap
     averaged = make_lora(sd1, tmp_path / "averaged", seed=1, recorded=sd1)
     checkpoint = make_lora(sd1, tmp_path / "checkpoint-3", recorded=sd1)
     shutil.copy(averaged / saved.LORA_FILE, checkpoint / "pytorch_lora_weights_ema.safetensors")
+    assert saved.averaged(checkpoint / saved.LORA_FILE) == checkpoint / saved.LORA_FILE, "only in a checkpoint"
+    (checkpoint / "manifest.json").write_text("{}")
     one = draw(tmp_path / "one", "--checkpoint", checkpoint, *prompt)
     assert "checkpoint-3: drawn with its averaged weights" in capsys.readouterr().out
     assert json.loads(Image.open(one[0]).text["settings"])["averaged"] == "checkpoint-3"
@@ -505,6 +507,7 @@ def test_a_checkpoint_is_drawn_with_its_averages(sd1, base_images, tmp_path, cap
     (tmp_path / "full" / "training_config.yaml").write_text(f"pretrained_model_name_or_path: {sd1}\n")
     raw = draw(tmp_path / "raw", "--checkpoint", tmp_path / "full" / "checkpoint-4", *prompt)
     average.write(tmp_path / "full" / "checkpoint-4", average.state())
+    (tmp_path / "full" / "checkpoint-4" / "manifest.json").write_text("{}")
     mean = draw(tmp_path / "mean", "--checkpoint", tmp_path / "full" / "checkpoint-4", *prompt)
     assert np.abs(pixels(raw[0]) - pixels(base_images[0])).max() > 3
     assert np.abs(pixels(mean[0]) - pixels(base_images[0])).max() <= 1

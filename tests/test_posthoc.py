@@ -228,8 +228,8 @@ def test_a_resumed_run_leaves_the_same_snapshots(train, script, capsys):
     for name in (*mine, *left, ".tmp-step-000004-0.06.safetensors"):
         (parts / posthoc.FOLDER / name).write_text("what was written in step 4 before a kill")
     train(script, f"{options} --resume_from_checkpoint latest", "parts")
-    assert "2 snapshots of averages were made after step 3; now in left/" in capsys.readouterr().out
-    assert sorted(path.name for path in (parts / posthoc.FOLDER / posthoc.LEFT).iterdir()) == list(left)
+    assert "2 snapshots of averages were made after step 3; now in left/1/" in capsys.readouterr().out
+    assert sorted(path.name for path in (parts / posthoc.FOLDER / posthoc.LEFT / "1").iterdir()) == list(left)
     for name in mine:  # no name of a snapshot
         (parts / posthoc.FOLDER / name).unlink()
     mine, theirs = snapshots(parts), snapshots(whole)
@@ -274,6 +274,15 @@ def test_what_cannot_be_put_together_is_refused(train, tmp_path, capsys):
     for path in file.parent.iterdir():
         path.unlink()
     assert "holds no snapshots of averages: none is due yet" in refused("--sigma_rel", 0.05)
+
+
+def test_courses_that_were_left_lie_beside_each_other(tmp_path):
+    for course in range(3):
+        walk(tmp_path, 4 + course)
+        names = sorted(path.name for path in (tmp_path / posthoc.FOLDER).glob("*.safetensors"))
+        assert len(names) == 2 * (4 + course)
+        for left in range(1, course + 1):
+            assert len(list((tmp_path / posthoc.FOLDER / posthoc.LEFT / str(left)).iterdir())) == 2 * (3 + left)
 
 
 def test_a_full_disk_costs_a_snapshot_and_not_the_run(tmp_path, monkeypatch, capsys):

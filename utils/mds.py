@@ -83,17 +83,16 @@ def complaint(index: str) -> str | None:
     try:
         with open(index, encoding="utf-8") as file:
             shards = json.load(file)["shards"]
-        told = {os.path.join(folder, shard["raw_data"]["basename"]): shard["compression"] for shard in shards}
+        told = {shard["raw_data"]["basename"]: shard["compression"] for shard in shards}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # somebody else's
-    missing = [path for path in sorted(told) if not os.path.isfile(path)]
+    missing = [name for name in sorted(told) if not os.path.isfile(os.path.join(folder, name))]
     if not missing:
         return None
-    name = os.path.relpath(missing[0], folder)
     if told[missing[0]]:
         how = f"is compressed ({told[missing[0]]}): decompress the shards there, or write them with compression=None"
-        return f"'{folder}': {name} {how}"
-    return f"'{folder}': {len(missing)} of the {len(told)} shards in index.json are missing, such as {name}"
+        return f"'{folder}': {missing[0]} {how}"
+    return f"'{folder}': {len(missing)} of the {len(told)} shards in index.json are missing, such as {missing[0]}"
 
 
 def _numbers(opened, offset: int, count: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import models
+from utils import errors, models
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EMBEDDINGS_FILE = "learned_embeddings.safetensors"
@@ -182,7 +182,9 @@ def averaged(path: Path) -> Path:
     """What to draw with: the averages beside a file or network of a checkpoint, where there are some, for they are
     what its run draws and saves in the end."""
     averages = marked(path, AVERAGED)
-    return averages if averages.exists() else path
+    if (path.parent / "ema.safetensors").is_file():  # where they stood before they had the weights' own format
+        errors.refuse(f"{path.parent} keeps its averages in ema.safetensors, as earlier versions did; draw with those")
+    return averages if averages.exists() and (path.parent / "manifest.json").is_file() else path
 
 
 def with_averages(file: Path, averages: dict, target: Path) -> Path:

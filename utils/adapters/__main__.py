@@ -51,6 +51,10 @@ def find(names: list[str]) -> list[saved.Lora]:
     loras = [saved.lora(name, wrong) for name in names]
     if wrong:
         errors.refuse([complaint.removeprefix("--lora ") for complaint in wrong])
+    for lora in loras:  # as infer.py takes them
+        if (average := saved.averaged(lora.file)) != lora.file:
+            print(f"{lora.file.parent.name}: its averaged weights are taken (--use_ema)", flush=True)
+            lora.file = average
     return loras
 
 

@@ -129,6 +129,7 @@ def folder(
     caption_column: str | None = None,  # of metadata.jsonl, .csv or .parquet
     on_bad_image: str = "error",  # "skip": leave out what cannot be decoded
     share: Callable | None = None,  # as in `captioned`
+    within: str = "",  # a folder in it: only the pictures there
     **words: str | None,  # identifier, class_noun: what placeholders in captions stand for
 ) -> list[Example]:
     """The pictures under a folder with their captions, sorted; [] when there is no folder to read."""
@@ -140,7 +141,9 @@ def folder(
         texts, complaints = caption_files.read(path, found, prompt, caption_column, **words)
     if complaints:
         errors.refuse(complaints, errors.DATA)
-    bad = set()
+    bad, part = set(), Path(path, within)
+    inside = [place for place, one in enumerate(found) if one.is_relative_to(part)]
+    found, texts = ([values[place] for place in inside] for values in (found, texts))
     if share:
         wanted = share([one.relative_to(path).as_posix() for one in found], texts)
         found, texts = ([values[place] for place in wanted] for values in (found, texts))
@@ -169,7 +172,7 @@ def content_key(data: bytes) -> str:
 def hub(
     name: str,
     config: str | None = None,
-    split: str = "train",
+    split: str | None = None,  # None: train; of a folder of pictures, all of them
     image_column: str = "image",
     caption_column: str | None = None,
     prompt: str | None = None,  # without a caption column
@@ -181,17 +184,15 @@ def hub(
     """A dataset of the hub or in a local folder. A plain folder of pictures, or its sub-folder that is named like the
     split, goes the way of `folder`."""
     if Path(name).is_dir() and config is None and images.list_images(name):
-        part = Path(name, split)  # as `datasets` takes a folder of pictures
-        if split != "train" and not part.is_dir():
-            errors.refuse(
-                f"--dataset_split {split}: '{name}' is a folder of pictures, without a folder '{split}' in it"
-            )
-        name = part if part.is_dir() else name
-        return folder(name, prompt, caption_column=caption_column, on_bad_image=on_bad_image, share=share, **words)
+        within = split if split and Path(name, split).is_dir() else ""  # as `datasets` takes a folder of pictures
+        if split not in (None, "train", within):
+            errors.refuse(f"--dataset_split {split}: '{name}' is a folder of pictures, without a folder '{split}'")
+        how = {"caption_column": caption_column, "on_bad_image": on_bad_image, "share": share, "within": within}
+        return folder(name, prompt, **how, **words)
     import datasets
 
     try:
-        table = datasets.load_dataset(name, config, split=split, cache_dir=cache_dir)
+        table = datasets.load_dataset(name, config, split=split or "train", cache_dir=cache_dir)
     except Exception as problem:  # the library raises many kinds: no such name, gated, offline, malformed files
         reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         errors.refuse(f"--dataset_name {name} cannot be read: {reason}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from utils import sharded
+from utils import errors, sharded
 from utils.ema import posthoc
 from utils.saved import AVERAGED, snapshot_steps
 
@@ -81,6 +81,9 @@ class Average:
 
     def load(self, folder: Path) -> None:
         """The exact inverse of write. All processes call it."""
+        self._refuse_when_swapped("load")
+        if not any(folder.glob(f"*{self.mark}*")):
+            errors.refuse(f"{folder} holds no averaged weights to go on with; leave --use_ema out, or begin anew")
         with self.swapped():
             self.learns.load(folder, mark=self.mark)
 

@@ -123,17 +123,23 @@ class PowerAverages:
         going on from an earlier one. This course makes its own."""
         if not _is_main() or not self.folder.is_dir():
             return
-        moved = 0
+        moved, left = 0, None
         for path in sorted(self.folder.iterdir()):
             stored = NAME.fullmatch(path.name)
             if path.name.startswith(STAGED):
                 path.unlink()
             elif stored and int(stored[1]) >= step:
-                (self.folder / LEFT).mkdir(exist_ok=True)
-                path.replace(self.folder / LEFT / path.name)
+                left = left or self._new_folder()
+                path.rename(left / path.name)
                 moved += 1
         if moved:
-            print(f"{self.folder}: {moved} snapshots of averages were made after step {step - 1}; now in {LEFT}/")
+            told = f"{moved} snapshots of averages were made after step {step - 1}"
+            print(f"{self.folder}: {told}; now in {LEFT}/{left.name}/", flush=True)
+
+    def _new_folder(self) -> Path:
+        number = sum(1 for _ in (self.folder / LEFT).glob("*")) + 1
+        (self.folder / LEFT / str(number)).mkdir(parents=True)
+        return self.folder / LEFT / str(number)
 
     def snapshot(self, step: int) -> None:
         """A file for each average as after this step. All processes call it.

@@ -63,7 +63,8 @@ def check(args: argparse.Namespace) -> list[Path]:
     found = photos.look(args, problems)
     problems.data += _unspoken(args, problems.captions)
     filled = shapes.fill(args, model, photos.sizes(found))
-    outline = plan.outline(args, model, photos.visits(found), photos.class_images(args), buckets.counts(filled))
+    counts = photos.visits(found), photos.class_images(args), buckets.counts(filled), photos.count(found)
+    outline = plan.outline(args, model, *counts)
     if not args.max_train_steps and outline.steps and (args.lr_warmup_steps or 0) >= outline.steps:
         problems.options.append(
             f"--lr_warmup_steps {args.lr_warmup_steps} leaves nothing of the {outline.steps} steps that "
@@ -93,7 +94,8 @@ def print_plan(args: argparse.Namespace) -> None:
         return
     found, model = photos.listed(args), model_folder.find(args)[0]
     in_buckets = buckets.counts(shapes.fill(args, model, photos.sizes(found)))
-    outline = plan.outline(args, model, photos.visits(found), photos.class_images(args), in_buckets)
+    counts = photos.visits(found), photos.class_images(args), in_buckets, photos.count(found)
+    outline = plan.outline(args, model, *counts)
     print("\n".join(["plan (nothing was loaded, nothing was written)", *plan.lines(outline, args)]))
 
 
@@ -237,9 +239,12 @@ def _disk(args, outline: plan.Plan, problems: Problems) -> None:
     names = [f"step-{step:06d}-*.safetensors" for step in outline.snapshots]  # others stay beside them
     there = sum(file.stat().st_size for name in names for file in (folder / "ema_snapshots").glob(name))
     snapshots = max(0, len(outline.snapshots) * outline.snapshot_bytes - there)
-    settled = outline.result_bytes + snapshots + (0 if getattr(args, "features_data_dir", None) else outline.bank_bytes)
+    there = sum(file.stat().st_size for file in (folder / "pdm_features").glob("*.safetensors"))
+    bank = 0 if getattr(args, "features_data_dir", None) else max(0, outline.bank_bytes - there)
+    settled = outline.result_bytes + snapshots + bank
     least = settled + min(2, kept + 1) * outline.checkpoint_bytes
     told = f", {len(outline.snapshots)} snapshots of averages {plan.size(snapshots)}" if snapshots else ""
+    told += f", PDM targets {plan.size(bank)}" if bank else ""
     if free < least:
         problems.options.append(
             f"--output_dir {args.output_dir}: {plan.size(free)} are free and at least {plan.size(least)} are needed"

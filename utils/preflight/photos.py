@@ -43,10 +43,10 @@ def look(args: argparse.Namespace, problems) -> list[Found]:
             one.drawn, bad = _folder(args, concept, "class_data_dir", problems)
             one.bad += bad
             if getattr(args, "mask_prior", False):
-                complaints, count = masks.check(one.drawn, masks.files([photo.path for photo in one.drawn], ""))
+                complaints, usable = masks.check(one.drawn, masks.files([photo.path for photo in one.drawn], ""))
                 problems.data += complaints
-                classes_with_mask += count
-    photos = sum(len(one.photos or ()) for one in found)
+                classes_with_mask += usable
+    photos = count(found)
     missed = args.masked_loss and not args.sam_model_name_or_path  # which makes those that are not there
     if missed and photos and not with_mask:
         asked = [f"--{name}" for name in ("mask_dm", "mask_pdm") if getattr(args, name, False)]
@@ -72,6 +72,10 @@ def listed(args: argparse.Namespace) -> list[Found]:
                 one.photos.append(images.Report(path, *images.size_of(path)))
         found.append(one)
     return found
+
+
+def count(found: Sequence[Found]) -> int:
+    return sum(len(one.photos or ()) for one in found)
 
 
 def visits(found: Sequence[Found]) -> int | None:
@@ -153,9 +157,9 @@ def _masks(args, concept: Concept, photos: list, problems) -> int:
             wanted = "--mask_dm or --mask_pdm" if hasattr(args, "mask_dm") else "--masked_loss"
             warn(f"{there} photos have a mask beside them, which is not used: add {wanted}")
         return 0
-    complaints, count = masks.check(photos, sources, args.alpha_mask)
+    complaints, usable = masks.check(photos, sources, args.alpha_mask)
     problems.data += complaints
-    return count
+    return usable
 
 
 def summary(args: argparse.Namespace, found: Sequence[Found]) -> list[str]:

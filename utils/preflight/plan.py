@@ -52,6 +52,7 @@ def outline(
     photos: int | None,  # None when a dataset holds them
     class_images: int = 0,
     in_buckets: Sequence[int] = (),  # photos in each of the buckets that are used
+    inverted: int = 0,  # photos whose targets PDM keeps
 ) -> Plan:
     plan = Plan(examples_per_step=examples_per_step(args))
     _length(plan, args, photos, class_images, in_buckets)
@@ -64,8 +65,8 @@ def outline(
     learning = {name: stored[name] for name in _adapted(args, plan.networks)}
     plan.learns = _adapter_sizes(learning, args) if adapters else {name: plan.networks[name] for name in learning}
     _memory_and_disk(plan, args, adapters)
-    if getattr(args, "use_pdm_loss", False) and photos:
-        plan.bank_bytes = photos * _queries(args, model, stored["unet"])
+    if getattr(args, "use_pdm_loss", False):
+        plan.bank_bytes = inverted * _queries(args, model, stored["unet"])
     return plan
 
 
