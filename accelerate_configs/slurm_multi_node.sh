@@ -20,12 +20,12 @@ port=$((10000 + SLURM_JOB_ID % 50000))             # two jobs may share a machin
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun no longer takes it over from the job
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=540          # or torchrun kills after 30 s, in the middle of a large checkpoint
 
+steps= asked=
+trap 'asked=yes; [[ ! $steps ]] || kill -USR1 "$steps" || true' USR1 # srun passes it to torchrun, and that to the training
 srun torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "${nodes[0]}:$port" \
     --signals-to-handle SIGTERM,SIGINT,SIGUSR1 "$@" --resume_from_checkpoint latest &
 steps=$!
-asked=
-trap 'asked=yes; kill -USR1 "$steps" || true' USR1 # srun passes it to torchrun, and torchrun to the training
 while kill -0 "$steps" 2> /dev/null; do
     wait "$steps" || true # the signal ends the waiting
 done

@@ -119,7 +119,8 @@ def test_a_job_that_fails_is_not_queued_again(cluster, sd1, tmp_path):
     with Process("bash", CONFIGS / "slurm_multi_node.sh", "train_text_to_image.py", **cluster) as job:
         assert job.rest() == 1, job.said
     assert not (tmp_path / "requeued").exists()
-    waits = "#!/bin/bash\ntrap 'exit 1' USR1\necho waiting\nwhile :; do sleep 0.1; done\n"
+    # It speaks when both are known to srun's stand-in, which else could not pass the signal on.
+    waits = "#!/bin/bash\ntrap 'exit 1' USR1\nsleep 1\necho waiting\nwhile :; do sleep 0.1; done\n"
     (tmp_path / "bin" / "torchrun").write_text(waits)
     cluster |= {"SLURM_RESTART_COUNT": "100"}  # told to stop as often as it may
     with Process("bash", CONFIGS / "slurm_multi_node.sh", "train_text_to_image.py", **cluster) as job:
