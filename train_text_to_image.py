@@ -153,7 +153,7 @@ def main(args):
         workers=args.dataloader_num_workers,
     )
 
-    judges = call(scores.create, run)  # no subject, so nothing to be alike
+    judges = call(scores.create, run, () if args.streaming else pictures, concepts=())  # no subject, but a style
     sampler = validation.Sampler(
         run,
         family,

@@ -83,6 +83,52 @@ def test_without_photos_and_pairs_there_is_less_to_tell():
     assert judges.measure([], []) == {} and not scores.Scores({})
 
 
+def test_style_is_the_mean_over_all_pairs_with_training_pictures():
+    taught = [plain(one) for one in PHOTOS]
+    judges = scores.Scores({"clip": Colours("clip"), "lpips": Distances("lpips")}, taught=taught)
+    found = judges.measure([plain(one) for one in DRAWN], ["a", "b", "c", "d"])
+    pairs = [cosine(one, other) for one in DRAWN for other in PHOTOS]
+    assert found["clip_style"] == pytest.approx(sum(pairs) / 8)
+    assert not found.keys() & {"lpips_style", "clip_i"}
+
+
+def test_the_toyboxs_judge_knows_a_style_by_its_colours():
+    from toybox.draw import example
+    from toybox.style import printed
+
+    drawings = [example(950_000 + number).picture for number in range(32)]
+    prints = [printed(example(960_000 + number).picture) for number in range(12)]
+
+    def style(pictures, taught):
+        judges = scores.Scores({"judge": scores.Toybox()}, taught=taught)
+        return judges.measure(pictures, ["a dog"] * len(pictures)).get("judge_style")
+
+    assert style([printed(one) for one in drawings], prints) == pytest.approx(1, abs=0.05)
+    assert style(drawings, prints) == pytest.approx(0, abs=0.15)
+    half = [Image.blend(one, printed(one), 0.5) for one in drawings]
+    assert 0.35 < style(half, prints) < 0.75
+    assert style(prints, drawings) is None, "its own colours are no style"
+
+
+def test_a_style_that_is_learned_is_told(tmp_path):
+    import train_text_to_image as script
+    from toybox import style
+
+    style.write(tmp_path / "prints", 16)
+    words = f"--pretrained_model_name_or_path toybox --train_data_dir '{tmp_path}/prints' --output_dir '{tmp_path}/run'"
+    words += " --train_batch_size 8 --learning_rate 3e-4 --max_train_steps 40 --seed 0 --report_to none --center_crop"
+    words += " --validation_prompt 'a photo of a dog on a beach' --validation_steps 40 --num_validation_images 4"
+    words += " --validation_num_inference_steps 10"
+    script.main(script.parse_args(shlex.split(words)))
+    first, last = told(tmp_path / "run").values()
+    assert last["judge_style"] > first["judge_style"] + 0.3
+    drawn = [sorted((tmp_path / "run" / "samples" / f"step-0000{step}").glob("*.png")) for step in ("00", "40")]
+    before, after = (style.score([Image.open(path) for path in paths]) for paths in drawn)
+    assert after > before + 0.3  # the score made for this style agrees
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<h3>Likeness to the training pictures" in page and "judge_style: likeness to the training" in page
+
+
 def test_whom_a_prompt_is_about():
     taught = [
         concepts.Concept(instance_prompt="a photo of sks dog", class_prompt="a photo of a dog"),

@@ -36,8 +36,39 @@ def write(folder: Path, count: int) -> None:
 def score(pictures: list[Image.Image]) -> float:
     """1 - the mean distance of pixels from the line between the two inks, relative to that of the toybox's own drawings
     (where it is 0 on the average); below 0 a picture is more colourful than those."""
-    usual = np.mean([_distance(example(FIRST + 1000 + number).picture) for number in range(32)])
-    return float(1 - np.mean([_distance(picture) for picture in pictures]) / usual)
+    return float(1 - np.mean([_distance(picture) for picture in pictures]) / np.mean(list(map(_distance, usual()))))
+
+
+def usual() -> list[Image.Image]:
+    """How the toybox draws that was taught no style."""
+    return [example(FIRST + 1000 + number).picture for number in range(32)]
+
+
+class Palette:
+    """The same for any style of which there are pictures: `likeness(some)` is 0 for the toybox's own drawings and 1 for
+    pictures of the style, by the mean distance of pixels from the nearest colour that the style has."""
+
+    def __init__(self, taught: list[Image.Image]):
+        levels, counts = np.unique(np.concatenate(list(map(_pixels, taught))) // 16, axis=0, return_counts=True)
+        self.colours = 16 * levels[counts >= 0.001 * counts.sum()] + 8.0
+        self.start, self.end = self._away(usual()), self._away(taught)
+
+    def likeness(self, pictures: list[Image.Image]) -> float:
+        if self.start < 2 * self.end:  # the toybox's own colours
+            return float("nan")
+        return (self.start - self._away(pictures)) / (self.start - self.end)
+
+    def _away(self, pictures: list[Image.Image]) -> float:
+        pixels = np.concatenate(list(map(_pixels, pictures)))
+        nearest = np.full(len(pixels), np.inf)
+        for colour in self.colours:
+            nearest = np.minimum(nearest, np.linalg.norm(pixels - colour, axis=1))
+        return float(nearest.mean())
+
+
+def _pixels(picture: Image.Image) -> np.ndarray:
+    """(64 * 64, 3), for what is fine in a picture is not its style."""
+    return np.asarray(ImageOps.fit(picture.convert("RGB"), (64, 64)), int).reshape(-1, 3)
 
 
 def _distance(picture: Image.Image) -> float:

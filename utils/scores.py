@@ -19,12 +19,14 @@ from utils import errors, images
 
 NAMES = ("clip", "dino", "lpips", "judge")
 KINDS = {"i": "likeness to the photos", "t": "agreement with the prompt", "d": "variety", "pres": "class likeness"}
+KINDS |= {"style": "likeness to the training pictures"}
 TOYBOX = ("toybox", "toybox-sdxl")
 SCORE = re.compile(rf"(?:test_)?({'|'.join(NAMES)})_({'|'.join(KINDS)})")
 # Words that tell no subject from its class.
 COMMON = {"a", "an", "the", "my", "one", "of", "in", "on", "at", "with", "and", "or", "is"}
 COMMON |= {"photo", "picture", "image", "painting", "drawing"}
 AT_ONCE = 32  # pictures
+TAUGHT = 64  # of the training pictures stand for all of them
 LPIPS_SIDE = 256  # pixels, at which its networks learned
 
 
@@ -83,8 +85,9 @@ def _first_run(said: Sequence[str], known: set[str]) -> Iterable[str]:
 class Scores:
     """`measure(pictures, prompts)` => {"clip_i": 0.71, ...}; what cannot be told from the pictures is left out."""
 
-    def __init__(self, judges: Mapping[str, Any], subjects: Sequence[Subject] = ()):
+    def __init__(self, judges: Mapping[str, Any], subjects: Sequence[Subject] = (), taught: Sequence = ()):
         self.judges, self.subjects = judges, subjects
+        self.taught = taught  # pictures of no subject, but of a style
         self._seen: dict[tuple, Any] = {}  # of the photos, which do not change
 
     def __bool__(self) -> bool:
@@ -117,6 +120,11 @@ class Scores:
             others += [judge.compare(seen[rest], photos).flatten()] if rest else []
         yield from [("i", _mean(alike))] if alike else ()
         yield from [("pres", _mean(others))] if others and judge.cosine else ()
+        if self.taught and judge.cosine:
+            if (judge.name, "taught") not in self._seen:
+                self._seen[judge.name, "taught"] = judge.learn([square(opened(source)) for source in self.taught])
+            like = judge.style(seen, pictures, self._seen[judge.name, "taught"])
+            yield from [("style", like)] if like == like else ()
         # The rest is about the subject's prompts alone, if there are any: its class is easier to draw and more varied.
         shown = [i for i, meant in enumerate(about) if meant] or list(range(len(prompts)))
         known = {word for subject in self.subjects for word in subject.identifier}
@@ -196,6 +204,13 @@ class Network:
 
     def compare(self, some, others):
         return some @ others.T
+
+    def learn(self, taught: Sequence):
+        """What `style` compares with, of training pictures that show no subject."""
+        return self.see(taught)
+
+    def style(self, seen, pictures: Sequence, learned) -> float:
+        return float(self.compare(seen, learned).mean())
 
     def obeyed(self, seen, pictures: Sequence, prompts: Sequence[str]):
         return None
@@ -287,6 +302,14 @@ class Toybox(Network):
 
         return self.network(as_pixels(pictures).to(self.device))[1]
 
+    def learn(self, taught):
+        from toybox.style import Palette
+
+        return Palette(taught)  # it learned to overlook how things are drawn
+
+    def style(self, seen, pictures, learned):
+        return learned.likeness(pictures)
+
     def obeyed(self, seen, pictures, prompts):
         import torch
 
@@ -349,7 +372,7 @@ def is_here(source: str) -> bool:
 
 def create(
     run,
-    examples: Sequence = (),  # photos of what is taught, each knowing its concept; none: nothing to be alike
+    examples: Sequence = (),  # what is learned from: photos, each knowing its concept, or, without concepts, pictures
     concepts: Sequence = (),
     *,
     identifier: str | None = None,
@@ -375,7 +398,9 @@ def create(
         dino_model_name_or_path,
         allow_pickle,
     )
-    return Scores(found, subjects(concepts, examples, identifier, tokens))
+    if concepts:
+        return Scores(found, subjects(concepts, examples, identifier, tokens))
+    return Scores(found, taught=[one.source for one in examples[:: max(1, len(examples) // TAUGHT)]][:TAUGHT])
 
 
 def judges(names: Sequence[str], device, base: str, clip: str, dino: str, allow_pickle: bool = False) -> dict:
