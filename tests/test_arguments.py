@@ -202,8 +202,7 @@ def test_options_without_effect_are_pointed_out(capsys):
     assert "prodigy finds its own step size" in said
     parse("--use_ema", "--ema_decay=0.9")
     assert not capsys.readouterr().err
-    parse("--ema_sigma_rel", "0.05", "0.2", "--posthoc_ema")
-    assert "--posthoc_ema has no effect without --use_ema" in capsys.readouterr().err
+    assert refused(capsys, "--posthoc_ema") == ["--posthoc_ema needs --use_ema: nothing would be averaged"]
 
 
 def test_averages_of_a_later_length_have_no_decay_and_two_lengths(capsys):

@@ -192,10 +192,17 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_only(train, tmp_path, capsy
 
 
 def test_more_and_fewer_steps_than_before(train, tmp_path, capsys):
-    """A raised target goes on, a lowered one trains nothing and says so; the course stays the same."""
+    """A raised target goes on, a lowered one trains nothing, says so, and leaves what there is; the course stays."""
     options = "--checkpointing_steps 2 --lr_scheduler constant"
     assert train(f"--max_train_steps 6 {options}", "whole") == 0
-    assert train(f"--max_train_steps 4 {options}") == 0
+    assert train(f"--max_train_steps 5 {options}") == 0  # its newest checkpoint is that of step 4
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert train(f"--max_train_steps 2 {options} --resume_from_checkpoint latest") == 0
+    assert "already complete: 5 steps are done, 2 were asked for" in capsys.readouterr().out
+    assert train(f"--max_train_steps 4 {options} --resume_from_checkpoint checkpoint-2") == 2
+    assert "holds a result of 5 steps, which one of 4 would replace" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    (tmp_path / "run" / "pytorch_lora_weights.safetensors").unlink()  # as if killed before it was written
     assert train(f"--max_train_steps 2 {options} --resume_from_checkpoint latest") == 0
     assert "already complete: 4 steps are done, 2 were asked for" in capsys.readouterr().out
     assert train(f"--max_train_steps 6 {options} --resume_from_checkpoint latest") == 0

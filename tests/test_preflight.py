@@ -170,6 +170,17 @@ def test_captions_are_read(parse, photos, capsys):
     assert "metadata.jsonl:1:" in said[0] and "metadata.jsonl:2:" in said[1]
 
 
+def test_a_mistake_of_many_pictures_is_said_a_few_times(parse, photos, capsys):
+    names = [f"{number}.png" for number in range(50)]
+    for name in names:
+        Image.new("RGB", (64, 64), "red").save(photos / name)
+    rows = [json.dumps({"file_name": name, "words": "x"}) for name in names]
+    (photos / "metadata.jsonl").write_text("\n".join(rows))
+    said = refused(capsys, parse(), errors.DATA)
+    assert len(said) == 21 and said[-1].startswith("... and ") and "--caption_column NAME" in said[0]
+    assert not any("has no caption" in line for line in said)
+
+
 def test_folder_with_a_run(parse, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     (out / "checkpoint-10").mkdir(parents=True)
@@ -247,6 +258,12 @@ def test_files_that_no_run_wrote_are_not_replaced(parse, tmp_path, capsys, words
     (out / "notes.txt").write_text("mine")
     said = refused(capsys, parse(*words))[0]
     assert "holds README.md, samples, not written by a run" in said
+    for name in ("unet", "mine"):
+        (out / name).mkdir()
+        (out / name / "x.txt").write_text("mine")
+    said = refused(capsys, parse(*words))  # a name that a run's result has too
+    assert len(said) == 1 and "holds README.md, samples, unet, not written by a run" in said[0]
+    shutil.rmtree(out / "unet")
     assert (out / "README.md").read_text() == "mine" and (out / "samples").is_dir()
     (out / ".run.lock").write_text("")  # of a run that was killed early
     preflight.check(parse(*words))
@@ -275,7 +292,7 @@ def test_folders_inside_each_other(parse, photos, sd1, tmp_path, capsys):
     assert "--class_data_dir lies inside --instance_data_dir" in said
     said = refused(capsys, parse(*words, f"--class_data_dir={photos}"))[0]
     assert "--class_data_dir and --instance_data_dir are the same folder" in said
-    said = refused(capsys, parse("--overwrite_output_dir", f"--output_dir={sd1}"))[0]
+    said = "\n".join(refused(capsys, parse("--overwrite_output_dir", f"--output_dir={sd1}")))
     assert "--output_dir is the base model's folder" in said
     shutil.copytree(photos, tmp_path / "out" / "samples")
     (tmp_path / "out" / ".run.lock").write_text("")

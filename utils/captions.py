@@ -29,11 +29,11 @@ def read(
     folder = Path(folder)
     complaints: list[str] = []
     described = _tables(folder, pictures, column, complaints)
-    found = []
+    found, whole = [], not complaints  # what is wrong with a table would be said again of each of its pictures
     for picture in pictures:
         caption = described.get(_key(picture))
         caption = caption or _beside(folder, picture, complaints) or prompt
-        if not caption:
+        if not caption and whole:
             name = picture.with_suffix(".txt").name
             complaints.append(f"'{picture}' has no caption, and no prompt stands in: write one into {name} beside it")
         found.append(caption or "")
@@ -193,7 +193,11 @@ def _row(row, column: str | None) -> tuple[str, str | tuple[str, ...], str | Non
     column = column or next((one for one in COLUMNS if one in row), None)
     if column not in row:
         wanted = f"'{column}'" if column else " or ".join(f"'{one}'" for one in COLUMNS)
-        return name, "", f"has no column {wanted}, only: {', '.join(map(str, row))}"
+        return (
+            name,
+            "",
+            f"has no column {wanted}, only: {', '.join(map(str, row))}; --caption_column NAME takes another",
+        )
     texts = row[column] if isinstance(row[column], list) else [row[column]]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         return (

@@ -13,13 +13,17 @@ STOPPED_UNFINISHED = 75  # saved, not finished (EX_TEMPFAIL): run the same comma
 INTERRUPTED = 130  # saved after SIGINT
 TERMINATED = 143  # saved after SIGTERM
 
+MOST = 20  # complaints that are printed: a thousand photos may all be wrong in the same way
+
 
 def refuse(message: str | Sequence[str], code: int = OPTIONS, once: bool = False) -> NoReturn:
     """Print every complaint, then leave: a person should need one attempt, not one attempt a mistake.
 
     `once`: every process on this machine comes to the same complaints, so one of them is enough to print them.
     """
-    for line in [message] if isinstance(message, str) else message:
+    lines = [message] if isinstance(message, str) else list(message)
+    more = [f"... and {len(lines) - MOST} more"] if len(lines) > MOST else []
+    for line in [*lines[:MOST], *more]:
         if not once or _first_here():
             print(f"error: {line}", file=sys.stderr, flush=True)
     raise SystemExit(code)

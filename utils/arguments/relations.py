@@ -46,7 +46,6 @@ NEEDS = {
     "ema_power": "use_ema",
     "ema_interval": "use_ema",
     "offload_ema": "use_ema",
-    "posthoc_ema": "use_ema",
     "ema_sigma_rel": "posthoc_ema",
     "ema_snapshot_steps": "posthoc_ema",
     "dream_detail_preservation": "dream_training",
@@ -62,7 +61,6 @@ NEEDS = {
     "pdm_layer": "use_pdm_loss",
     "pdm_inversion_steps": "use_pdm_loss",
     "pdm_targets": "use_pdm_loss",
-    "mask_pdm": "use_pdm_loss",
     "features_data_dir": "use_pdm_loss",
     "save_pdm_fs": "use_pdm_loss",
     "save_pdm_masks": "mask_pdm",
@@ -108,7 +106,9 @@ def check(args: argparse.Namespace, given: dict, defaults: dict, misread: set[st
                 f"--{name}: IF comes with its family; other models do not listen to it: leave it out"
             )
     for name, needed in NEEDS.items():
-        if name == "class_prompt" and (has("use_pdm_loss") or (has("scores") and has("validation_prompt"))):
+        if name == "class_prompt" and (
+            has("use_pdm_loss") or (has("scores") and (has("validation_prompt") or has("test_prompts")))
+        ):
             continue
         ways = [way for way in needed.split(" or ") if way.partition(" ")[0] in args]
         pairs = [way.partition(" ")[::2] for way in ways]
@@ -185,6 +185,8 @@ def _pdm(args, has, given: dict, misread: set[str], found: Findings) -> None:
             found.complaints.append(
                 "--use_pdm_loss with --resolution_buckets: its targets are of square crops; leave one of them out"
             )
+    if args.mask_pdm and not args.use_pdm_loss:
+        found.complaints.append("--mask_pdm needs --use_pdm_loss; the masks of the photos' own loss are --mask_dm")
     if args.mask_prior and not args.with_prior_preservation:
         found.complaints.append("--mask_prior needs --use_prior_loss: there are no class images")
     # Masks are read for whichever loss wants them; asked for without saying which, they are the photos'.
@@ -379,6 +381,8 @@ def _weightwise(has, found: Findings) -> None:
 def _averages(has, given: dict, defaults: dict, found: Findings) -> None:
     if not has("posthoc_ema"):
         return
+    if not has("use_ema"):
+        found.complaints.append("--posthoc_ema needs --use_ema: nothing would be averaged")
     for name in ("ema_decay", "ema_power"):
         if given.get(name, defaults[name]) != defaults[name]:
             found.complaints.append(f"--{name} with --posthoc_ema, whose averages have --ema_sigma_rel; leave one out")

@@ -5,6 +5,7 @@ every problem, refuses once, and imports neither torch nor diffusers.
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -78,6 +79,7 @@ def check(args: argparse.Namespace) -> list[Path]:
         # Asked once, and in a group of processes last: one that waits here must not be killed by one that refused.
         problems.options += [*remote.trackers(args), *remote.hub(args)]
     problems.refuse_if_any()
+    _already(args, outline.steps)
     if not args.dry_run:
         _create(args.output_dir)
         if args.overwrite_output_dir and os.environ.get("RANK", "0") == "0":
@@ -142,17 +144,18 @@ def _output(args, problems: Problems) -> None:
     first = os.environ.get("RANK", "0") == "0"  # the others may already see what the first one of this run wrote
     entries = sorted(folder.iterdir()) if first and folder.is_dir() else []
     left = [entry.name for entry in entries if _is_result(entry)]
+    run = any((folder / name).is_file() for name in (*STARTED, "metrics.jsonl")) or any(folder.glob("checkpoint-*"))
     if left and resume and not _goes_on(folder, resume):
         problems.options.append(
             f"--output_dir {folder} already holds a run ({', '.join(left[:3])}{', ...' if left[3:] else ''}), and"
             f" --resume_from_checkpoint {resume} is of another: name an empty folder, or latest to go on with this run"
         )
-    if left and not resume and not args.overwrite_output_dir:
+    if run and left and not resume and not args.overwrite_output_dir:
         problems.options.append(
             f"--output_dir {folder} already holds a run ({', '.join(left[:3])}{', ...' if left[3:] else ''}): add"
             " --resume_from_checkpoint latest to go on, --overwrite_output_dir to replace it, or rename it"
         )
-    if not left and not any((folder / name).is_file() for name in STARTED):  # no run was ever here
+    if not run:  # there never was one here
         theirs = [entry.name for entry in entries if _is_of_a_run(entry.name)]
         if theirs:
             problems.options.append(
@@ -253,6 +256,29 @@ def _disk(args, outline: plan.Plan, problems: Problems) -> None:
     elif free < settled + (kept + 1) * outline.checkpoint_bytes:
         fits = max(1, int((free - settled) // outline.checkpoint_bytes) - 1)
         warn(f"{plan.size(free)} are free: {kept} checkpoints will not fit; --checkpoints_total_limit {fits} does")
+
+
+def _already(args, steps: int | None) -> None:
+    """A result of more steps than are asked for stays as it is: the newest checkpoint would make a lesser one."""
+    folder, resume = Path(args.output_dir), args.resume_from_checkpoint
+    if not (resume and steps and _goes_on(folder, resume) and any((folder / name).is_file() for name in FINISHED)):
+        return
+    try:
+        sessions = json.loads((folder / "timings.json").read_text(encoding="utf-8"))["sessions"]
+        done = max((session["last_step"] for session in sessions if session.get("finished")), default=0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if steps >= done:
+        return
+    if resume != "latest":
+        refuse(
+            f"--resume_from_checkpoint {resume}: {folder} holds a result of {done} steps, which one of {steps} would"
+            " replace; name another --output_dir",
+            once=True,
+        )
+    if os.environ.get("RANK", "0") == "0":
+        print(f"already complete: {done} steps are done, {steps} were asked for; {folder} is left as it is", flush=True)
+    raise SystemExit(0)
 
 
 def _create(output_dir: str) -> None:

@@ -173,6 +173,7 @@ class Run:
 
     def done(self, learned: str) -> None:
         """The last line of a run: what can be looked at now."""
+        self.session["finished"] = True
         *held, last = [learned, *(name for name in LEFT if (self.output_dir / name).exists())]
         self.say(f"done: '{self.output_dir}' holds {', '.join(held)}{' and ' * bool(held)}{last}")
 
