@@ -153,13 +153,13 @@ def main(args):
     for k, image in images:
         prompt, seed = jobs[k]
         own = {"prompt": prompt, "seed": seed, "width": image.width, "height": image.height}
-        gallery.save_png(image, files[k], own | told)
+        files[k] = gallery.save_beside(image, files[k], own | told)
         print(f"{files[k]}  seed {seed}  {prompt}", flush=True)
         cells.append(image)
     if args.grid and len(cells) > 1:
-        files.append(Path(args.output_dir, "grid.png"))
         sheet = sheets.grid(cells, prompts, [f"seed {seed}" for seed in seeds])
-        gallery.save_png(sheet, files[-1], {"prompts": prompts, "seeds": seeds} | told)
+        told |= {"prompts": prompts, "seeds": seeds}
+        files.append(gallery.save_beside(sheet, Path(args.output_dir, "grid.png"), told))
         print(f"{files[-1]}  prompts down, seeds across")
     return files
 

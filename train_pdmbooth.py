@@ -157,7 +157,7 @@ def main(args):
             "examples_per_step": [args.train_batch_size, args.gradient_accumulation_steps, run.world],
             "optimizer": args.optimizer,
             "precision": str(run.dtype),
-            "objective": [corruption.prediction_type, args.snr_gamma, args.noise_offset, args.prior_loss_weight],
+            "prediction_type": corruption.prediction_type,
         },
     )
     first_step = saved.resume(args.resume_from_checkpoint, args.allow_resume_mismatch)

@@ -351,12 +351,12 @@ TOLD = """pretrained_model_name_or_path revision concepts_list concepts
     max_train_samples validation_split
     resolution resolution_buckets masked_loss masks_dir alpha_mask sam_model_name_or_path sam_box sam_point
     with_prior_preservation class_data_dir class_prompt
-    num_class_images class_guidance_scale prior_generation_precision prior_loss_weight train_text_encoder rank
+    num_class_images class_guidance_scale prior_generation_precision train_text_encoder rank
     train_text_encoder_ti token_abstraction num_new_tokens_per_abstraction
     lora_alpha use_dora lora_target_modules adapter use_rslora lokr_factor init_lora_weights loraplus_lr_ratio
     lora_conv_rank lora_unet_blocks quantize_base train_batch_size gradient_accumulation_steps seed optimizer
-    use_8bit_adam snr_gamma noise_offset prediction_type dream_training use_ema mixed_precision
-    use_pdm_loss pdm_loss_weight pdm_layer pdm_inversion_steps pdm_targets mask_dm mask_pdm mask_prior"""
+    use_8bit_adam prediction_type use_ema mixed_precision
+    use_pdm_loss pdm_loss_weight pdm_layer mask_dm mask_pdm mask_prior"""
 # What may change between two sessions: how long and how fast a run learns, where and how it is computed and told.
 CHANGEABLE = """config dry_run allow_pickle cache_dir repeats on_bad_image precomputed_dir
     dataloader_num_workers sample_batch_size

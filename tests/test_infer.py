@@ -511,3 +511,15 @@ def test_a_checkpoint_is_drawn_with_its_averages(sd1, base_images, tmp_path, cap
     mean = draw(tmp_path / "mean", "--checkpoint", tmp_path / "full" / "checkpoint-4", *prompt)
     assert np.abs(pixels(raw[0]) - pixels(base_images[0])).max() > 3
     assert np.abs(pixels(mean[0]) - pixels(base_images[0])).max() <= 1
+
+
+def test_a_picture_that_is_there_stays(sd1, tmp_path):
+    prompt = ["--pretrained_model_name_or_path", str(sd1), "--prompt", "a photo of dog", *FAST]
+    first = draw(tmp_path / "out", *prompt)
+    kept = {path: path.read_bytes() for path in first}
+    assert draw(tmp_path / "out", *prompt) == first, "the same again is the same file"
+    other = draw(tmp_path / "out", *prompt, "--guidance_scale", "2")
+    assert [path.name for path in other] == [f"{path.stem}-2.png" for path in first]
+    first[0].write_bytes(b"mine")
+    assert draw(tmp_path / "out", *prompt)[0].name == f"{first[0].stem}-3.png" and first[0].read_bytes() == b"mine"
+    assert all(path.read_bytes() == data for path, data in kept.items() if path != first[0])

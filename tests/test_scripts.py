@@ -163,12 +163,19 @@ def test_a_resume_names_every_option_that_changed(train, script, photos, sd1, ca
     changed |= {"random_flip": "yes", "center_crop": "yes", "tokenizer_name": sd1 / "tokenizer", "allow_tf32": "yes"}
     changed |= {"pretrained_vae_model_name_or_path": sd1, "unmasked_weight": 0.5, "alpha_background": "black"}
     changed |= {"lora_dropout": 0.2} if "lora" in script else {}
+    changed |= {"snr_gamma": 5, "noise_offset": 0.1, "prior_loss_weight": 0.5, "seed": 9, "optimizer": "adafactor"}
+    changed |= {"rank": 3} if "lora" in script else {}
     words = " ".join(f"--{name} '{value}'" for name, value in changed.items())
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as refused:
-        train(script, f"{options} {words} --masked_loss --resume_from_checkpoint '{folder / 'checkpoint-1'}'")
-    said = capsys.readouterr().err
-    assert refused.value.code == 2 and f"--allow_resume_mismatch {','.join(sorted([*changed, 'dataset']))} if" in said
+    names, later = ",".join(sorted(changed)), "alpha,dataset" if "lora" in script else "dataset"
+    more = f"{options} {words} --masked_loss --resume_from_checkpoint '{folder / 'checkpoint-1'}'"
+    # Those that options tell by themselves before anything is loaded, what pictures tell when they were looked at.
+    for allowed, loaded, told in (("", False, names), (f"--allow_resume_mismatch {names}", True, later)):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as refused:
+            train(script, f"{more} {allowed}")
+        said = capsys.readouterr()
+        assert refused.value.code == 2 and f"--allow_resume_mismatch {told}" in said.err
+        assert ("photos in" in said.out) == loaded
 
 
 @BOTH

@@ -6,6 +6,10 @@ into one of these kinds, so that a new one cannot be forgotten.
 """
 
 import argparse
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 # option => the value with which checkpoints were made that do not know the option
 COMPARED = {
@@ -31,6 +35,12 @@ COMPARED = {
     "timestep_bias_begin": 0,
     "timestep_bias_end": 1000,
     "timestep_bias_portion": 0.25,
+    "snr_gamma": None,
+    "noise_offset": 0.0,
+    "prior_loss_weight": 1.0,
+    "pdm_inversion_steps": 50,
+    "pdm_targets": "inversion",
+    "dream_training": False,
     "loss_type": "l2",
     "huber_c": 0.1,
     "huber_schedule": "snr",
@@ -60,3 +70,38 @@ def identity(args: argparse.Namespace) -> dict:
     """Only what is not as it always was, so that an option added later leaves older checkpoints resumable."""
     named = {name: getattr(args, name) for name in COMPARED if hasattr(args, name)}
     return {name: value for name, value in named.items() if value != COMPARED[name]}
+
+
+def differing(earlier: Mapping, now: Mapping, allowed: str | Iterable[str] | None = None) -> tuple[list, list]:
+    """=> (what differs and must not, what may): rows of (name, value in the checkpoint, value now)."""
+    words = allowed.split(",") if isinstance(allowed, str) else list(allowed or [])
+    allowed = {word.strip() for word in words}
+    names = [name for name in sorted({*earlier, *now}) if earlier.get(name) != now.get(name)]
+    rows = [(name, earlier.get(name), now.get(name)) for name in names]
+    may = [row for row in rows if row[0] in allowed or "all" in allowed]
+    return [row for row in rows if row not in may], may
+
+
+def another_run(folder: Path, rows: list) -> str:
+    width = max(len(name) for name, _, _ in rows)
+    table = "".join(f"\n  {name:<{width}}  checkpoint: {old}  now: {new}" for name, old, new in rows)
+    return (
+        f"{folder} belongs to another run:{table}\nUse the options of that run, another --output_dir, or"
+        f" --allow_resume_mismatch {','.join(name for name, _, _ in rows)} if you know why."
+    )
+
+
+def mistaken(args: argparse.Namespace, checkpoint: Path) -> str | None:
+    """The complaint of a resume, as far as options alone tell: networks and data are compared when they are there."""
+    try:
+        earlier = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # told when it is read as a whole
+    now = identity(args) | {"base_model": args.pretrained_model_name_or_path, "optimizer": args.optimizer}
+    world = max(1, int(os.environ.get("WORLD_SIZE") or 1))
+    now["examples_per_step"] = [args.train_batch_size, args.gradient_accumulation_steps, world]
+    now |= {name: getattr(args, name) for name in ("rank", "seed") if getattr(args, name, None) is not None}
+    now |= {"pdm_loss_weight": args.pdm_loss_weight} if getattr(args, "use_pdm_loss", False) else {}
+    known = {name: value for name, value in earlier.items() if name in COMPARED or name in now}
+    rows, _ = differing(known, json.loads(json.dumps(now)), args.allow_resume_mismatch)
+    return another_run(checkpoint, rows) if rows else None

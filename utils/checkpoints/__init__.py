@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from utils import errors
+from utils.arguments.identity import another_run, differing
 from utils.checkpoints import manifests, nested
 
 STAGED = ".tmp-checkpoint-"  # must not begin with "checkpoint-"
@@ -200,25 +201,11 @@ class Checkpoints:
 
     def _fitting(self, folder: Path, allow_mismatch) -> dict:
         manifest = manifests.read(folder)
-        words = allow_mismatch.split(",") if isinstance(allow_mismatch, str) else list(allow_mismatch or [])
-        allowed = {word.strip() for word in words}
-        earlier = manifest["identity"]
-        rows = [
-            (name, earlier.get(name), self.identity.get(name))
-            for name in sorted({*earlier, *self.identity})
-            if earlier.get(name) != self.identity.get(name)
-        ]
-        refused = [row for row in rows if row[0] not in allowed and "all" not in allowed]
-        for name, old, new in (row for row in rows if row not in refused):
+        refused, allowed = differing(manifest["identity"], self.identity, allow_mismatch)
+        for name, old, new in allowed:
             errors.warn(f"{folder}: resumed although {name} was {old} and is now {new}")
         if refused:
-            width = max(len(name) for name, _, _ in refused)
-            table = "".join(f"\n  {name:<{width}}  checkpoint: {old}  now: {new}" for name, old, new in refused)
-            names = ",".join(name for name, _, _ in refused)
-            return {
-                "complaints": f"{folder} belongs to another run:{table}\nUse the options of that run, another "
-                f"--output_dir, or --allow_resume_mismatch {names} if you know why."
-            }
+            return {"complaints": another_run(folder, refused)}
         return {"folder": str(folder), "step": manifest["step"]}
 
 

@@ -86,7 +86,7 @@ def prepare(
     folder = Path(features_data_dir) if features_data_dir else Path(run.output_dir) / FOLDER
     bank = Bank(family, folder, layer, identity, prompts, pdm_inversion_steps, train_batch_size, run.seed)
     bank.unmasked_weight, bank.temporary = unmasked_weight, not (features_data_dir or save_pdm_fs)
-    bank.told = [pdm_loss_weight, unmasked_weight if mask_pdm else None]
+    bank.told, bank.weight = [unmasked_weight if mask_pdm else None], pdm_loss_weight
     bank.look(shown, dataset, family, run.device)
     if mask_pdm:
         bank.masks = {key: dataset.centred(example)["mask"] for key, example in shown.items()}
@@ -117,7 +117,7 @@ class Bank:
         self.masks: dict[str, torch.Tensor] = {}
         self.records: dict[str, dict] = {}  # key => sizes, crop and posterior of the photo's centre
         self.files: dict = {}  # key => its open file
-        self.unmasked_weight, self.temporary, self.told = 0.0, False, []
+        self.unmasked_weight, self.temporary, self.told, self.weight = 0.0, False, [], 0.0
 
     def identity_of(self, key: str) -> dict:
         return self.identity | {"photo": key, "prompt": self.prompts[key]}
@@ -128,7 +128,7 @@ class Bank:
     def describe(self) -> dict:
         """What a resume compares."""
         rows = [self.identity_of(key) for key in sorted(self.prompts)]
-        return {"pdm": [self.identity["layer"], self.identity["steps"], *self.told, precomputed.digest(rows)]}
+        return {"pdm": [self.identity["layer"], *self.told, precomputed.digest(rows)], "pdm_loss_weight": self.weight}
 
     def look(self, shown: dict, dataset, family, device) -> None:
         """The centres of the photos, through the VAE once."""

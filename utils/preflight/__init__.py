@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from utils import buckets, captions, concepts, precomputed
+from utils.arguments.identity import mistaken
 from utils.errors import DATA, OPTIONS, refuse, warn
 from utils.preflight import model_folder, photos, plan, remote, shapes
 
@@ -141,6 +142,8 @@ def _output(args, problems: Problems) -> None:
                 f"--resume_from_checkpoint latest: {folder} holds a finished run ({left[0]}) and no checkpoint to go on"
                 " from; --overwrite_output_dir trains anew, --checkpointing_steps N leaves checkpoints"
             )
+    if resume:
+        problems.options += _another(args, folder, resume)
     first = os.environ.get("RANK", "0") == "0"  # the others may already see what the first one of this run wrote
     entries = sorted(folder.iterdir()) if first and folder.is_dir() else []
     left = [entry.name for entry in entries if _is_result(entry)]
@@ -162,6 +165,17 @@ def _output(args, problems: Problems) -> None:
                 f"--output_dir {folder} holds {', '.join(theirs)}, not written by a run, which this one would replace;"
                 " name another folder"
             )
+
+
+def _another(args, folder: Path, resume: str) -> list[str]:
+    """A resume that options alone forbid: said before photos are encoded and inverted."""
+    if resume == "latest":
+        found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+        path = max(found, key=lambda one: int(one.name.split("-")[1]), default=None)
+    else:
+        path = folder / resume if Path(resume).name == resume else Path(resume).expanduser()
+    complaint = path and mistaken(args, path)
+    return [complaint] if complaint else []
 
 
 def _goes_on(folder: Path, resume: str) -> bool:

@@ -35,6 +35,16 @@ def save_png(image, path: Path, settings: dict) -> None:
     write_whole(Path(path), png_bytes(image, settings))
 
 
+def save_beside(image, path: Path, settings: dict) -> Path:
+    """Saved as NAME.png, or where something else lies under that name as NAME-2.png and so on. => where"""
+    data, number, chosen = png_bytes(image, settings), 1, Path(path)
+    while chosen.exists() and not (chosen.is_file() and chosen.read_bytes() == data):
+        number += 1
+        chosen = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    write_whole(chosen, data)
+    return chosen
+
+
 def small_copy(path: Path, box: tuple[int, int] = (SIDE, SIDE)) -> dict:
     from PIL import Image
 
