@@ -534,7 +534,8 @@ def test_what_cannot_be_honoured_is_refused(photos, sd1, tmp_path, capsys):
     assert "--mask_prior needs --use_prior_loss" in refused("--mask_prior")
     said = refused("--use_pdm --cls_prompt=c --pdm_layer=mid.attn1 --pdm_inversion_steps=1001 --resolution=64")
     assert "choose one of down_blocks.0" in said and "the model has 1000 timesteps" in said
-    assert "--mask_pdm: no photo has a mask" in refused("--mask_pdm --use_pdm --cls_prompt=c --resolution=64")
+    said = refused("--mask_pdm --use_pdm --cls_prompt=c --resolution=64")
+    assert "--mask_pdm: no photo has a mask" in said and "(--sam_model_name_or_path facebook/sam-vit-huge " in said
     assert "--use_prior_loss needs --class_data_dir" in refused("--use_prior_loss --cls_prompt=c")
     assert "in-painting" in refused_inpainting(sd1, tmp_path, refused)
     assert "nothing is learned of the subject" in refused("--use_inst_loss=no")
@@ -565,3 +566,12 @@ def test_pdmbooths_names_are_names_in_its_scripts_only(capsys):
     with pytest.raises(SystemExit):
         train_dreambooth.parse_args(needed)
     assert "--inst_data_dir is not an option" in capsys.readouterr().err
+
+
+def test_masks_that_nobody_brought_are_made_by_sam(train, tmp_path, capsys):  # noqa: F811
+    """As in the published script, whose users type --mask_pdm --mask_dm and nothing else."""
+    options = f"{PDM} --mask_pdm --mask_dm --max_train_steps 1 --train_batch_size 2 --test_prompts 'a dog'"
+    folder = train("train_pdmbooth_lora", options, "run", "toybox")
+    assert "no masks beside the pictures: toybox-sam makes them" in capsys.readouterr().out
+    assert len(list((folder / "sam_masks").iterdir())) == 3
+    assert "sam_model_name_or_path: toybox-sam" in (folder / "training_config.yaml").read_text()

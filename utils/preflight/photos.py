@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils import buckets, captions, images, masks, shards
+from utils import buckets, captions, images, masks, models, shards
 from utils.concepts import Concept
 from utils.errors import warn
-from utils.preflight import quality
+from utils.preflight import model_folder, quality
 
+SAM = "facebook/sam-vit-huge"  # PDMBooth's
 SHOWN = 10  # warnings about photos; the rest is counted
 
 
@@ -48,18 +49,33 @@ def look(args: argparse.Namespace, problems) -> list[Found]:
                 classes_with_mask += usable
     photos = count(found)
     missed = args.masked_loss and not args.sam_model_name_or_path  # which makes those that are not there
+    lacking = []
     if missed and photos and not with_mask:
         asked = [f"--{name}" for name in ("mask_dm", "mask_pdm") if getattr(args, name, False)]
-        problems.data.append(masks.none(" ".join(asked) or "--masked_loss"))
+        lacking.append(masks.none(" ".join(asked) or "--masked_loss"))
     elif missed and with_mask < photos:
         warn(f"{photos - with_mask} of {photos} photos have no mask and count as a whole")
     if getattr(args, "mask_prior", False) and not (args.sam_model_name_or_path or classes_with_mask):
         drawn = "are drawn first, and have none" if not any(one.drawn for one in found) else "have none"
-        problems.data.append(
+        lacking.append(
             f"--mask_prior: class images {drawn}; put NAME.mask.png beside NAME.png, let --sam_model_name_or_path make"
             " masks, or leave it out"
         )
+    problems.data += _by_sam(args, lacking)
     return found
+
+
+def _by_sam(args, lacking: list[str]) -> list[str]:
+    """Masks asked for without saying whence: PDMBooth has SAM make them. => what then still lacks"""
+    if not lacking or not hasattr(args, "mask_dm") or args.masks_dir or args.alpha_mask:
+        return lacking
+    args.sam_model_name_or_path = "toybox-sam" if args.pretrained_model_name_or_path in models.EMBEDDED else SAM
+    if problems := model_folder.sam(args):
+        args.sam_model_name_or_path = None
+        return [f"{complaint} ({problems[0]})" for complaint in lacking]
+    if os.environ.get("RANK", "0") == "0":
+        print(f"no masks beside the pictures: {args.sam_model_name_or_path} makes them", flush=True)
+    return []
 
 
 def listed(args: argparse.Namespace) -> list[Found]:
