@@ -157,7 +157,7 @@ def test_placeholders_in_captions_need_their_options(parse, photos, capsys):
 def test_no_photos(parse, tmp_path, capsys):
     folder = tmp_path / "empty"
     folder.mkdir()
-    assert "holds no pictures (nothing)" in refused(capsys, parse(folder=folder))[0]
+    assert "holds no pictures (it is empty)" in refused(capsys, parse(folder=folder))[0]
     (folder / "a.pdf").write_text("x")
     assert "holds no pictures (1 other files)" in refused(capsys, parse(folder=folder))[0]
     (folder / "a.jpg").write_text("x")  # skipping may not leave nothing

@@ -3,9 +3,13 @@
 import importlib
 import json
 import math
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 BOTH = pytest.mark.parametrize("script", ["train_dreambooth", "train_dreambooth_lora"])
+ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a photo of sks dog"
 
 
@@ -480,3 +485,18 @@ def test_xformers_is_refused_where_it_cannot_work(train, script, capsys):
         train(script, "--enable_xformers_memory_efficient_attention --max_train_steps 1")
     assert refused.value.code == 2
     assert "xformers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_files_are_as_readable_as_the_umask_lets(sd1, photos, tmp_path, umask, mode):
+    """safetensors, for one, writes files that only their owner can read."""
+    words = f"train_dreambooth.py --pretrained_model_name_or_path {sd1} --instance_data_dir {photos} --report_to none"
+    words += f" --output_dir {tmp_path / 'run'} --max_train_steps 1 --checkpointing_steps 1 --train_text_encoder"
+    words += " --use_ema --posthoc_ema --train_batch_size 1 --seed 0"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *shlex.split(words), "--instance_prompt", "p"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, umask=umask)
+    assert done.returncode == 0, done.stderr
+    modes = {path.relative_to(tmp_path): path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*.*")}
+    files = {path: found for path, found in modes.items() if (tmp_path / path).is_file() and path.name[0] != "."}
+    assert len(files) > 20 and {path for path, found in files.items() if found != mode} == set()

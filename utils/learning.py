@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from utils import errors, sharded
+from utils import errors, saved, sharded
 from utils.models import clip
 
 WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors"}
@@ -52,6 +52,7 @@ class Full:
             module.save_pretrained(Path(folder, name + mark), safe_serialization=True, max_shard_size="1TB")
             if name.startswith("text_encoder"):
                 clip.with_prefix(Path(folder, name + mark, WEIGHTS[name]))
+            saved.shared(Path(folder, name + mark))
 
     def load(self, folder: str | Path, mark: str = "") -> None:
         """The exact inverse of save, in place: optimizers and wrappers keep pointing at the same weights."""

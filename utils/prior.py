@@ -94,15 +94,17 @@ def remove_drawn(concepts) -> None:
     for folder in {Path(one.class_data_dir).expanduser() for one in concepts if one.class_data_dir}:
         if not (record := _record(folder)).get("images"):
             continue
-        left = {}
+        left, deleted = {}, 0
         for name, seed in record["images"].items():
             path = folder / name
             if path.parent != folder:  # a record is a file, and files can be edited
                 continue
             if _is_drawn(path, seed):
                 path.unlink()
+                deleted += 1
             elif path.exists():
                 left[name] = seed
+        print(f"--del_cls_imgs_dir: {deleted} class images deleted from '{folder}'", flush=True)
         if left:
             _write(folder, record | {"images": left})
             names = ", ".join(list(left)[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")

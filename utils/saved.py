@@ -6,6 +6,7 @@ Everything here is read from names, JSON headers and small text files, so mistak
 import itertools
 import json
 import math
+import os
 import re
 import struct
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ EMBEDDINGS_KEYS = ("clip_l", "clip_g")  # in it, the rows of the first text enco
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 CHANGED = ("prediction_type", "rescale_betas_zero_snr", "clip_skip")  # options of a run that are of its model
 MODULES = ("unet", "text_encoder", "text_encoder_2")  # what a full checkpoint can hold
+UMASK = os.umask(0o077)  # it can only be read by being set
+os.umask(UMASK)
 AVERAGED = "_ema"  # in a checkpoint, behind the names of files and networks that hold the averages of the others
 
 
@@ -161,11 +164,20 @@ def checkpoint(name: str, wrong: list) -> Lora | dict | None:
     if not modules:
         inside = sorted(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
         remedy = f"; inside are {', '.join(inside)}" if inside else ""
+        if (folder / "config.json").is_file():
+            remedy = f"; it is one network: give the folder around it, {folder.parent}"
         wrong.append(f"--checkpoint {name} holds neither {LORA_FILE} nor unet/{remedy}")
     for module, path in modules.items():
         if not any(path.glob("*.safetensors")):
             wrong.append(f"--checkpoint {name} has no safetensors weights in {module}/")
     return modules or None
+
+
+def shared(path: str | Path) -> None:
+    """A file, or the weights in a folder, as readable as new files are: safetensors writes for the owner alone."""
+    path = Path(path)
+    for file in path.rglob("*.safetensors") if path.is_dir() else [path]:
+        file.chmod(0o666 & ~UMASK)
 
 
 def snapshot_steps(total_steps: int, given: int | None, interval: int) -> int:
@@ -198,6 +210,7 @@ def with_averages(file: Path, averages: dict, target: Path) -> Path:
         if key in whole:
             whole[key][tuple(slice(size) for size in average.shape)] = average
     save_file(whole, str(target), metadata=header(file).get("__metadata__"))
+    shared(target)
     return target
 
 

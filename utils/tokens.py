@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from utils import learning, randomness
-from utils.saved import EMBEDDINGS_FILE, EMBEDDINGS_KEYS, marked
+from utils.saved import EMBEDDINGS_FILE, EMBEDDINGS_KEYS, marked, shared
 
 
 class Embedding(torch.nn.Module):
@@ -84,7 +84,9 @@ class WithTokens:
         self.adapters.save(folder, output_kohya_format, mark)
         rows = {key: weight.detach().cpu().contiguous() for key, weight in self.weights.items()}
         header = {"format": "pt", "tokens": json.dumps(self.names)}
-        save_file(rows, str(marked(Path(folder, EMBEDDINGS_FILE), mark)), metadata=header)
+        file = marked(Path(folder, EMBEDDINGS_FILE), mark)
+        save_file(rows, str(file), metadata=header)
+        shared(file)
 
     def load(self, folder: str | Path, mark: str = "") -> None:
         self.adapters.load(folder, mark)

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from utils import errors
+from utils import errors, saved
 
 METADATA = "lora_adapter_metadata"  # where diffusers looks for rank and alpha in the file's header
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}  # kohya's, for SDXL
@@ -279,6 +279,7 @@ def need_lora(layers: dict) -> None:
 def save(weights: dict[str, torch.Tensor], file: str | Path, header: dict[str, str]) -> None:
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     save_file({key: weight.detach().cpu().contiguous() for key, weight in weights.items()}, str(file), metadata=header)
+    saved.shared(file)
 
 
 def stock(found: dict) -> dict[str, torch.Tensor]:

@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from utils import saved
+
 KEY = "nested"
 
 
@@ -19,6 +21,7 @@ def save(state, path: Path) -> None:
     if not tensors:  # the format wants at least one
         tensors["nothing"] = torch.zeros(0)
     save_file(tensors, str(path), metadata={KEY: json.dumps(skeleton)})
+    saved.shared(path)
 
 
 def load(path: Path):

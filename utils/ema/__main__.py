@@ -44,7 +44,8 @@ def main(args) -> None:
     record = (args.run / "training_config.yaml").read_text(encoding="utf-8")  # names the base model for infer.py
     (args.output_dir / "training_config.yaml").write_text(told + record, encoding="utf-8")
     said = f"sigma_rel {args.sigma_rel:g} after step {step}, of {len(snapshots)} snapshots"
-    print(f"{args.output_dir}: {said}; its weights over the run are met within {100 * error:.2g} %")
+    met = f"within {100 * error:.2g} %" if error else "exactly"
+    print(f"{args.output_dir}: {said}; its weights over the run are met {met}")
 
 
 def check(args, settings: dict) -> list[str]:

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from utils import errors
+from utils import errors, saved
 from utils.checkpoints import manifests
 
 FOLDER, LEFT = "ema_snapshots", "left"  # in the output folder; in it, those of a course that was left
@@ -167,6 +167,7 @@ class PowerAverages:
         told = {"format": "pt", "step": str(step), "updates": str(updates), "sigma_rel": repr(sigma_rel)}
         try:
             save_file({name: value.cpu().contiguous() for name, value in state.items()}, str(staged), metadata=told)
+            saved.shared(staged)
             manifests.sync(staged)
             os.replace(staged, file)
             manifests.sync(self.folder)

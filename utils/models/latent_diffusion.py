@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from utils import captions, errors, models
+from utils import captions, errors, models, saved
 from utils.models import clip
 
 # A bar for every network that is read would bury the one that counts.
@@ -455,5 +455,6 @@ class LatentDiffusion:
         whole.pipeline().save_pretrained(folder, safe_serialization=True)
         for name in self.encoders if not skip_text_encoder else ():
             clip.with_prefix(Path(folder, name, "model.safetensors"))
+        saved.shared(folder)
         for part in self.tokenizers:
             clip.save_vocabulary(Path(folder, part))

@@ -6,7 +6,7 @@ import struct
 import tempfile
 from pathlib import Path
 
-from utils import precomputed
+from utils import precomputed, saved
 
 
 def name_of(identity: dict) -> str:
@@ -47,7 +47,7 @@ class Writer:
     def finish(self) -> None:
         self.rows.flush()
         self.rows = None
-        self.temporary.chmod(0o644)
+        saved.shared(self.temporary)
         os.replace(self.temporary, self.path)
 
     def drop(self) -> None:

@@ -131,7 +131,7 @@ def _folder(args, concept: Concept, kind: str, problems) -> tuple[list, list[Pat
         return [], []
     pictures, others = images.survey(folder)
     if needed and not pictures:
-        found = f"{len(others)} other files" if others else "nothing"
+        found = f"{len(others)} other files" if others else "it is empty"
         streamed = hasattr(args, "streaming") and shards.local(folder)
         remedy = "--streaming reads the shards in it" if streamed else "put the photos there"
         problems.options.append(f"{option} '{folder}' holds no pictures ({found}); {remedy}")

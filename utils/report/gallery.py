@@ -13,6 +13,8 @@ import tempfile
 import textwrap
 from pathlib import Path
 
+from utils import saved
+
 SIDE = 240  # pixels of an embedded copy: about 1.6 times its size on the page
 MOST_PHOTOS = 12  # instance and class images shown, each
 PREVIEW = "preview"
@@ -158,7 +160,7 @@ def write_whole(path: Path, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.chmod(name, 0o644)
+        saved.shared(name)
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
