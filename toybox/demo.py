@@ -49,6 +49,8 @@ def main() -> None:
         run(TRAIN)
         say(f"   took {time.monotonic() - started:.0f} s")
 
+    for name in ("before", "after"):  # or what another machine drew would stand beside it
+        shutil.rmtree(OUTPUT / name, ignore_errors=True)
     say("2. Drawing the dog in places where it was never photographed", typed(AFTER))
     run(AFTER, quiet=True)
     say("   and, to compare, the same prompts and seeds without what was learned")
