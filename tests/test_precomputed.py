@@ -271,6 +271,54 @@ def test_the_tool_refuses_what_it_cannot_compute(compute, capsys):
         assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
+def test_what_can_be_told_at_once_is_told_before_anything_is_loaded(compute, pictures, tmp_path, monkeypatch, capsys):
+    compute("mirrored")
+    monkeypatch.setattr(models, "family_of", None)
+
+    def refused(name="store", options="", code=2):
+        with pytest.raises(SystemExit) as stop:
+            compute(name, options)
+        assert stop.value.code == code
+        return capsys.readouterr().err
+
+    assert "is --train_data_dir" in refused("pictures")
+    assert "lies inside --train_data_dir" in refused("pictures/latents")
+    assert "lies around --train_data_dir" in refused("")
+    for name in ("training_config.yaml", "model_index.json", "pytorch_lora_weights.safetensors"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / name).touch()
+        assert name in (said := refused("run")) and "holds a run or a model" in said and "name a folder" in said
+    assert len(list((tmp_path / "run").iterdir())) == 3
+    assert "its resolution is 64, not 128" in refused("mirrored", "--resolution 128")
+    assert "its mirrored is True, not False" in refused("mirrored", "--random_flip no"), "blocks would not belong"
+    (tmp_path / "file").touch()
+    assert "--output_dir" in (said := refused("file")) and "cannot be written to" in said
+    (tmp_path / "empty").mkdir()
+    assert "holds no pictures" in refused(options=f"--train_data_dir '{tmp_path / 'empty'}'")
+    Image.new("RGB", (64, 64)).save(pictures / "silent.png")
+    assert "silent.png' has no caption" in refused(code=3) and not (tmp_path / "store").exists()
+
+
+def test_unreadable_pictures_are_named(compute, pictures, capsys):
+    for number in range(12):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(pictures / f"new{number:02}.png")
+        (pictures / f"new{number:02}.txt").write_text("picture 1")
+    for number in range(8):
+        (pictures / f"{number}.png").write_bytes(b"nothing")
+    compute()
+    said = capsys.readouterr()
+    assert said.err.count("warning: left out: ") == 8 and "0.png' is not a picture" in said.err
+    assert "13 pictures" in said.out and "8 pictures left out" in said.out
+    for number in range(4):
+        (pictures / f"new{number:02}.png").write_bytes(b"nothing")
+    with pytest.raises(SystemExit) as stop:
+        compute("other")
+    said = capsys.readouterr().err
+    assert (
+        stop.value.code == 3 and "12 of 21 pictures cannot be used" in said and said.count("' is not a picture") == 10
+    )
+
+
 @pytest.mark.slow
 def test_the_slurm_example_runs(sd1, pictures, tmp_path):
     """As an array of one task; only the variables that SLURM and a user would set are given."""

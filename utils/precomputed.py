@@ -116,17 +116,25 @@ def _snapshot(name: str, revision: str | None) -> Path:
 # Writing
 
 
+def strangers(folder: Path, wanted: dict) -> list[str]:
+    """Why what is to be written does not belong into a folder, as far as `wanted` fields of its manifest tell."""
+    if not (folder / MANIFEST).exists():
+        return [f"--output_dir {folder} holds blocks and no {MANIFEST}: name another folder"] if blocks(folder) else []
+    try:
+        differing = _differing(read_manifest(folder), wanted, reading=False)
+    except ValueError as problem:
+        return [f"--output_dir: {problem}"]
+    table = _table(differing)
+    return [f"--output_dir {folder} holds other latents:", *table, "name another folder"] if table else []
+
+
 def write_manifest(folder: Path, identity: dict) -> None:
     """Every process writes the same; a folder of something else is refused."""
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / MANIFEST).exists():
-        differing = _differing(read_manifest(folder), identity)
-        if differing:
-            errors.refuse([f"--output_dir {folder} holds other latents:", *_table(differing), "name another folder"])
-        return
-    if blocks(folder):
-        errors.refuse(f"--output_dir {folder} holds blocks and no {MANIFEST}: name another folder")
-    _write(folder / MANIFEST, (json.dumps(identity, indent=1, sort_keys=True) + "\n").encode())
+    if complaints := strangers(folder, identity):
+        errors.refuse(complaints)
+    if not (folder / MANIFEST).exists():
+        _write(folder / MANIFEST, (json.dumps(identity, indent=1, sort_keys=True) + "\n").encode())
 
 
 def block_name(kind: str, identity: dict, rows: Sequence) -> str:
@@ -212,9 +220,9 @@ def complaints(folder: str | None, **wanted) -> list[str]:
     return [f"--precomputed_dir {folder}: {line}" for line in _table(_differing(there, wanted))]
 
 
-def _differing(there: dict, wanted: dict) -> dict:
+def _differing(there: dict, wanted: dict, reading: bool = True) -> dict:
     found = {name: (there.get(name), value) for name, value in wanted.items() if there.get(name) != value}
-    if found.get("mirrored") == (True, False):
+    if reading and found.get("mirrored") == (True, False):
         del found["mirrored"]
     return found
 

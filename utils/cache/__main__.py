@@ -12,8 +12,8 @@ import os
 import time
 from pathlib import Path
 
-from utils import arguments, errors, precomputed
-from utils.preflight import model_folder
+from utils import arguments, captions, errors, images, precomputed, preflight
+from utils.preflight import model_folder, photos
 
 
 def parse_args(argv=None):
@@ -25,19 +25,16 @@ def parse_args(argv=None):
 
 
 def main(args) -> None:
-    complaints = [] if args.shard_index < args.num_shards else ["--shard_index counts from 0 to --num_shards - 1"]
-    model, problem = model_folder.find(args)
-    complaints += [*([problem] if problem else []), *model_folder.elsewhere(args)]
-    if args.train_data_dir and not Path(args.train_data_dir).is_dir():
-        complaints.append(f"--train_data_dir '{args.train_data_dir}' is not a folder (looked in {Path.cwd()})")
-    if complaints:
-        errors.refuse(complaints)
-    args.revision = model_folder.commit(model) or args.revision
+    check(args)
 
     import torch
+
+    from utils.runtime import startup
+
+    startup.quiet()
     from diffusers import UNet2DConditionModel
 
-    from utils import cache, datasets, images, models
+    from utils import cache, datasets, models
 
     call = arguments.caller(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,6 +59,7 @@ def main(args) -> None:
     }
     try:
         pictures = call(datasets.captioned, seed=0, share=share)
+        left_out = tell_left_out(share, pictures)
         whole = call(datasets.DreamBooth, pictures, **how)
         cache.refuse_varying(family, whole, "python -m utils.cache")
         in_precision = str(kinds[args.mixed_precision]).removeprefix("torch.")
@@ -76,7 +74,64 @@ def main(args) -> None:
         errors.refuse(str(bad), errors.DATA)
     did = f"{work.missing} blocks would be written" if args.dry_run else f"{work.written} blocks written"
     shard = f"shard {args.shard_index} of {args.num_shards}"
-    print(f"{shard}: {len(pictures)} pictures, {did}, {work.there} were there", flush=True)
+    lost = f", {left_out} pictures left out" if left_out else ""
+    print(f"{shard}: {len(pictures)} pictures, {did}, {work.there} were there{lost}", flush=True)
+
+
+def check(args) -> None:
+    """As before a training: what can be told within moments is told before anything is loaded, all at once."""
+    problems = preflight.Problems()
+    if args.shard_index >= args.num_shards:
+        problems.options.append("--shard_index counts from 0 to --num_shards - 1")
+    model, problem = model_folder.find(args)
+    problems.options += [*([problem] if problem else []), *model_folder.elsewhere(args)]
+    problems.options += _taken(args)
+    if args.train_data_dir and not Path(args.train_data_dir).is_dir():
+        problems.options.append(f"--train_data_dir '{args.train_data_dir}' is not a folder (looked in {Path.cwd()})")
+    elif args.train_data_dir:
+        pictures = images.list_images(args.train_data_dir)
+        if not pictures:
+            problems.options.append(f"--train_data_dir '{args.train_data_dir}' holds no pictures; put them there")
+        problems.data += captions.read(args.train_data_dir, pictures, column=args.caption_column)[1]
+    problems.refuse_if_any()
+    args.revision = model_folder.commit(model) or args.revision
+    if not args.dry_run:
+        preflight._create(args.output_dir)
+
+
+def _taken(args) -> list[str]:
+    """Why --output_dir is not for latents: pictures, a run, a model, or other latents are there."""
+    folder, data = Path(args.output_dir), Path(args.train_data_dir or os.devnull).resolve()
+    output, named = folder.resolve(), f"--output_dir {args.output_dir}"
+    if output.is_relative_to(data) or data.is_relative_to(output):
+        how = "is" if output == data else "lies inside" if output.is_relative_to(data) else "lies around"
+        return [f"{named} {how} --train_data_dir {args.train_data_dir}; name a folder beside it"]
+    runs = (*preflight.STARTED, *preflight.FINISHED)
+    left = [name for name in runs if (folder / name).is_file()] if not (folder / precomputed.MANIFEST).exists() else []
+    if left:
+        return [f"{named} holds a run or a model ({', '.join(left)}); name a folder of its own for the latents"]
+    wanted = {"resolution": args.resolution, "interpolation": args.image_interpolation_mode, "dtype": args.dtype}
+    wanted |= {"mirrored": args.random_flip, "alpha_background": args.alpha_background}
+    return precomputed.strangers(folder, {name: value for name, value in wanted.items() if value is not None})
+
+
+def tell_left_out(share: "Share", pictures) -> int:
+    """How many of this shard's pictures cannot be read; named as a training names them."""
+    used = {share.name(one) for one in pictures}
+    lost = [name for name in share.names if name not in used]
+    said = []
+    for name in lost[: photos.SHOWN]:
+        path = Path(share.folder, name)  # a row of a table is no file
+        (report,) = images.inspect([path]) if path.is_file() else [images.Report(name, problem="cannot be read")]
+        said.append(f"'{report.path}' {report.problem}")
+    if len(lost) > images.MOST_BAD * len(share.names):
+        many = f"{len(lost)} of {len(share.names)} pictures cannot be used: too many to leave out"
+        errors.refuse([*said, many], errors.DATA)
+    for one in said:
+        errors.warn(f"left out: {one}")
+    if len(lost) > len(said):
+        errors.warn(f"... and {len(lost) - len(said)} more pictures left out")
+    return len(lost)
 
 
 class Work:
@@ -133,12 +188,15 @@ class Share:
     def __init__(self, index: int, count: int, folder: str):
         self.index, self.count, self.folder = index, count, folder
         self.blocks, self.texts = 1, []  # in all; every caption of the set
+        self.names: list[str] = []  # of this shard's pictures
 
     def __call__(self, names, texts) -> list[int]:
         self.blocks = self._enough(len(names))
         several = [[text] if isinstance(text, str) else text or () for text in texts]
         self.texts = sorted({"", *(one for some in several for one in some if isinstance(one, str))})
-        return [place for place, name in enumerate(names) if self._block(name) % self.count == self.index]
+        places = [place for place, name in enumerate(names) if self._block(name) % self.count == self.index]
+        self.names = [names[place] for place in places]
+        return places
 
     @staticmethod
     def _enough(count: int) -> int:
@@ -148,12 +206,14 @@ class Share:
     def _block(self, name: str) -> int:
         return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") % self.blocks
 
+    def name(self, one) -> str:
+        named = isinstance(one.source, str)
+        return Path(os.path.relpath(one.source, self.folder)).as_posix() if named else f"row {one.source.index}"
+
     def of(self, pictures) -> list[list]:
         found: dict[int, list] = {}
         for one in pictures:
-            named = isinstance(one.source, str)
-            name = Path(os.path.relpath(one.source, self.folder)).as_posix() if named else f"row {one.source.index}"
-            found.setdefault(self._block(name), []).append(one)
+            found.setdefault(self._block(self.name(one)), []).append(one)
         return [found[number] for number in sorted(found)]
 
     def captions(self) -> list[list[str]]:
