@@ -96,7 +96,7 @@ def check(args) -> None:
     problems.refuse_if_any()
     args.revision = model_folder.commit(model) or args.revision
     if not args.dry_run:
-        preflight._create(args.output_dir)
+        preflight.create(args.output_dir)
 
 
 def _taken(args) -> list[str]:

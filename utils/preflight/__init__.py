@@ -82,7 +82,7 @@ def check(args: argparse.Namespace) -> list[Path]:
     problems.refuse_if_any()
     _already(args, outline.steps)
     if not args.dry_run:
-        _create(args.output_dir)
+        create(args.output_dir)
         if args.overwrite_output_dir and os.environ.get("RANK", "0") == "0":
             _clear(Path(args.output_dir))
     if os.environ.get("RANK", "0") == "0":
@@ -295,7 +295,7 @@ def _already(args, steps: int | None) -> None:
     raise SystemExit(0)
 
 
-def _create(output_dir: str) -> None:
+def create(output_dir: str) -> None:
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output_dir).close()  # permissions lie on network mounts, and for root
