@@ -17,7 +17,7 @@ import yaml
 
 from tests import toy_training
 from tests.toy_training import Family, Learns, train
-from utils import checkpoints, errors, runtime
+from utils import checkpoints, errors, report, runtime
 from utils.runtime import guard, progress, signals, startup
 
 BIN = Path(sys.executable).parent
@@ -315,13 +315,24 @@ def test_plain_lines_are_few_and_a_terminal_gets_one(tmp_path):
         line = progress.Line(0, 1000, torch.device("cpu"), screen)
         for step in range(1, 1001):
             line.step(step, 0.5, 0.25, 1e-4)
-        assert "step 1000/1000  loss 0.5000  lr 1.00e-04  4.00 steps/s  0:00 left" in screen.text
+        assert "step 1000/1000  smoothed loss 0.5       lr 1.00e-04  4.00 steps/s  0:00 left" in screen.text
         if terminal:
             assert screen.text.count("\n") == 1
         else:
             assert screen.text.count("\n") == 51
             assert "\r" not in screen.text
         assert re.search(r"step +1/1000 .* 4:10 left", screen.text)
+
+
+def test_terminal_and_report_tell_one_loss(tmp_path, capsys):
+    """Also of a resumed run, whose curve begins before this session."""
+    train(tmp_path, total=4, every=2)
+    train(tmp_path, total=7, resume="latest")
+    (line,) = (one for one in capsys.readouterr().out.splitlines() if "step 7/7" in one)
+    tiles = dict(report._tiles(report.curves.read_metrics(tmp_path / "metrics.jsonl"), 7, 7, []))
+    assert f"smoothed loss {tiles['smoothed loss (mean of about 50 steps)']} " in line
+    losses = [row["loss"] for row in told(tmp_path)]
+    assert report.curves.smoothed_end(losses) == pytest.approx(sum(losses) / 7, rel=0.1)
 
 
 def test_phases_do_not_count_as_steps(tmp_path):

@@ -270,7 +270,9 @@ def _tiles(rows: list[dict], step, total, sessions: list[dict]) -> list[tuple[st
     tiles = [("steps", f"{step:,} of {total:,}" if total else f"{step:,}")]
     _, losses, _ = curves.series(rows, "loss")
     if losses:
-        tiles.append(("loss, smoothed", curves.number(curves.smooth(losses, curves.window_for(len(losses)))[-1])))
+        tiles.append(
+            (f"smoothed loss (mean of about {curves.STEADY} steps)", curves.number(curves.smoothed_end(losses)))
+        )
     spikes, _, _ = curves.series(rows, "spike")
     if spikes:
         tiles.append(

@@ -12,6 +12,7 @@ from pathlib import Path
 WIDTH, HEIGHT = 540, 250  # drawing units; the page scales them, so the lettering below is sized for a phone
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 34
 COLUMNS = 240  # columns of a raw curve
+STEADY = 50  # values in the mean that is told as a number
 HITS = 90  # columns that answer to the pointer
 
 
@@ -76,6 +77,12 @@ def smooth(values: list, window: int) -> list:
         weight = keep * weight + (1 - keep)
         result.append(average / weight)
     return result
+
+
+def smoothed_end(values: list) -> float:
+    """The one number that stands for a loss, on the terminal and on the page; steadier than a short run's curve."""
+    recent = values[-20 * STEADY :]  # asked for with every line: what lies before counts exp(-20)
+    return smooth(recent, STEADY)[-1]
 
 
 def window_for(count: int) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from utils import errors, randomness, weightwise
+from utils.report import curves
 from utils.runtime import engines, guard, memory, progress, signals, stand_ins, startup, trackers
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -274,7 +275,8 @@ class Run:
             if self.resuming:
                 startup.write_settings(self.output_dir, self.config)
             self.metrics.open(first_step)
-            self._line = progress.Line(first_step, total, self.device)
+            _, losses, _ = curves.series(curves.read_metrics(self.metrics.path), "loss")
+            self._line = progress.Line(first_step, total, self.device, losses=losses)
         self.trackers.start(self.config)
         if first_step >= total:
             self.say(f"already complete: {first_step} steps are done, {total} were asked for")

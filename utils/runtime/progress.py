@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from utils import errors
+from utils.report import curves
 from utils.runtime import startup
 
 METRICS = "metrics.jsonl"
@@ -154,18 +155,19 @@ def write_timings(folder: Path, session: dict, resumed: bool) -> None:
 class Line:
     """A line that is redrawn on a terminal; elsewhere about fifty plain lines a run, so that a log stays readable."""
 
-    def __init__(self, first_step: int, total: int, device: torch.device, stream=None):
+    def __init__(self, first_step: int, total: int, device: torch.device, stream=None, losses=()):
         self.stream = stream or sys.stdout
         self.redrawn = bool(getattr(self.stream, "isatty", lambda: False)())
         self.total, self.first, self.device = total, first_step, device
         self.every = max(1, total // 50)
-        self.loss = self.pace = None  # smoothed: a loss at random timesteps jumps too much to be read
+        self.losses = list(losses)  # of all sessions: at random timesteps they jump too much to be read one by one
+        self.pace = None
         self.steps, self._drawn = 0, 0.0
 
     def step(self, step: int, loss: float, seconds: float, lr: float) -> None:
         self.steps += 1
         if math.isfinite(loss):
-            self.loss = loss if self.loss is None else self.loss + max(0.02, 1 / self.steps) * (loss - self.loss)
+            self.losses.append(loss)
         if self.steps <= 2:  # the first step warms up caches and compilers: it says nothing about the next
             self.pace = seconds
         else:
@@ -181,7 +183,7 @@ class Line:
         rate = f"{1 / self.pace:.2f} steps/s" if self.pace < 1 else f"{self.pace:.2f} s/step"
         parts = [
             f"step {step:>{len(str(self.total))}}/{self.total}",
-            f"loss {self.loss:.4f}" if self.loss is not None else "loss -",
+            f"smoothed loss {curves.number(curves.smoothed_end(self.losses)) if self.losses else '-':<8}",
             f"lr {lr:.2e}",
             rate,
             f"{_clock(left)} left",
