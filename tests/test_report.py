@@ -222,6 +222,20 @@ def test_many_validations_keep_the_first_and_the_newest(tmp_path):
     assert "20 of 61 validations" in text
 
 
+def test_prompts_stand_side_by_side_and_pictures_of_one_step_in_a_row(tmp_path):
+    def halves():
+        return report.Report(made).build().split("<h2>Test images</h2>")
+
+    made = make_run(tmp_path, steps=100, every=50)
+    shutil.copytree(tmp_path / "samples" / "step-000100", tmp_path / "test_samples" / "step-000100")
+    samples, tests = halves()
+    assert samples.count('<div class="prompts">') == tests.count('<div class="prompts">') == 1
+    assert samples.count('<div class="column">') == 2 * 3 and 'class="column row"' not in samples
+    assert tests.count('<div class="column row">') == 2 and 'class="card wide"' not in samples
+    make_run(tmp_path, steps=250, every=50)
+    assert halves()[0].count('<div class="card wide">') == 2, "six steps need the width"
+
+
 def test_pictures_of_a_course_that_was_left_are_not_shown(tmp_path):
     """Back at step 200: what stands at 250 and later was drawn by other weights."""
     run = make_run(tmp_path / "run", images=1)
