@@ -3,6 +3,7 @@
 Everything here is read from names, JSON headers and small text files, so mistakes are told within milliseconds.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -177,7 +178,8 @@ def shared(path: str | Path) -> None:
     """A file, or the weights in a folder, as readable as new files are: safetensors writes for the owner alone."""
     path = Path(path)
     for file in path.rglob("*.safetensors") if path.is_dir() else [path]:
-        file.chmod(0o666 & ~UMASK)
+        with contextlib.suppress(OSError):  # another person's, or on a mount without modes
+            file.chmod(0o666 & ~UMASK)
 
 
 def snapshot_steps(total_steps: int, given: int | None, interval: int) -> int:
