@@ -20,7 +20,10 @@ def main(jobs: Path) -> None:
     from utils import losses, randomness
     from utils.runtime import startup
 
-    startup.leave = lambda code: None  # a script's end would be this process's
+    # A script's end would be this process's. Its run is kept: a group that is taken down while its thread lets go of a
+    # tensor waits for it for ever, holding the lock that the thread needs (gloo, torch 2.13).
+    kept = []
+    startup.leave = lambda code: kept.append(sys._getframe(1).f_locals["self"])
     rank, told, rows = int(os.environ["RANK"]), [], []
     real_normal, real_error = randomness.Draws.normal, losses.error
 
@@ -50,6 +53,8 @@ def main(jobs: Path) -> None:
             code = stopped.code
         told.append({"code": code, "rows": list(rows)})
         jobs.with_name(f"rank{rank}.json").write_text(json.dumps(told))
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
