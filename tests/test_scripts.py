@@ -494,9 +494,14 @@ def test_files_are_as_readable_as_the_umask_lets(sd1, photos, tmp_path, umask, m
     words += f" --output_dir {tmp_path / 'run'} --max_train_steps 1 --checkpointing_steps 1 --train_text_encoder"
     words += " --use_ema --posthoc_ema --train_batch_size 1 --seed 0"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    mine = tmp_path / "run" / "mine" / "private.safetensors"
+    mine.parent.mkdir(parents=True)
+    mine.touch(0o600)
     command = [sys.executable, *shlex.split(words), "--instance_prompt", "p"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, umask=umask)
     assert done.returncode == 0, done.stderr
+    assert mine.stat().st_mode & 0o777 == 0o600, "what no run wrote stays as it is"
+    shutil.rmtree(mine.parent)
     modes = {path.relative_to(tmp_path): path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*.*")}
     files = {path: found for path, found in modes.items() if (tmp_path / path).is_file() and path.name[0] != "."}
     assert len(files) > 20 and {path for path, found in files.items() if found != mode} == set()

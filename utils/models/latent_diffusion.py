@@ -455,6 +455,7 @@ class LatentDiffusion:
         whole.pipeline().save_pretrained(folder, safe_serialization=True)
         for name in self.encoders if not skip_text_encoder else ():
             clip.with_prefix(Path(folder, name, "model.safetensors"))
-        saved.shared(folder)
+        for name in self.names:
+            saved.shared(Path(folder, name))
         for part in self.tokenizers:
             clip.save_vocabulary(Path(folder, part))
