@@ -283,6 +283,10 @@ def test_courses_that_were_left_lie_beside_each_other(tmp_path):
         assert len(names) == 2 * (4 + course)
         for left in range(1, course + 1):
             assert len(list((tmp_path / posthoc.FOLDER / posthoc.LEFT / str(left)).iterdir())) == 2 * (3 + left)
+    (tmp_path / posthoc.FOLDER / posthoc.LEFT / "1").rename(tmp_path / "taken away")
+    walk(tmp_path, 3)
+    kept = sorted(path.name for path in (tmp_path / posthoc.FOLDER / posthoc.LEFT).iterdir())
+    assert kept == ["1", "2"] and len(list((tmp_path / posthoc.FOLDER / posthoc.LEFT / "1").iterdir())) == 12
 
 
 def test_a_full_disk_costs_a_snapshot_and_not_the_run(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 
 import numpy as np
@@ -137,9 +137,10 @@ class PowerAverages:
             print(f"{self.folder}: {told}; now in {LEFT}/{left.name}/", flush=True)
 
     def _new_folder(self) -> Path:
-        number = sum(1 for _ in (self.folder / LEFT).glob("*")) + 1
-        (self.folder / LEFT / str(number)).mkdir(parents=True)
-        return self.folder / LEFT / str(number)
+        names = (self.folder / LEFT / str(number) for number in count(1))
+        chosen = next(name for name in names if not name.exists())
+        chosen.mkdir(parents=True)
+        return chosen
 
     def snapshot(self, step: int) -> None:
         """A file for each average as after this step. All processes call it.
