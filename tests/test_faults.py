@@ -205,6 +205,11 @@ def test_more_and_fewer_steps_than_before(train, tmp_path, capsys):
     (tmp_path / "run" / "pytorch_lora_weights.safetensors").unlink()  # as if killed before it was written
     assert train(f"--max_train_steps 2 {options} --resume_from_checkpoint latest") == 0
     assert "already complete: 4 steps are done, 2 were asked for" in capsys.readouterr().out
+    timings = json.loads((tmp_path / "run" / "timings.json").read_text())
+    timings["sessions"].insert(
+        0, {"began": "before", "last_step": 100, "finished": True}
+    )  # and was then gone back from
+    (tmp_path / "run" / "timings.json").write_text(json.dumps(timings))
     assert train(f"--max_train_steps 6 {options} --resume_from_checkpoint latest") == 0
     assert same(tmp_path / "run", tmp_path / "whole")
     rows = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

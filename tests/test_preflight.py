@@ -186,6 +186,7 @@ def test_folder_with_a_run(parse, tmp_path, capsys, monkeypatch):
     (out / "checkpoint-10").mkdir(parents=True)
     (out / "mine").mkdir()
     (out / "metrics.jsonl").write_text("{}\n")
+    (out / "timings.json").write_text("{}")
     said = refused(capsys, parse())[0]
     assert "already holds a run (checkpoint-10, metrics.jsonl)" in said
     assert "--resume_from_checkpoint latest" in said and "--overwrite_output_dir" in said

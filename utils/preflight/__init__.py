@@ -23,7 +23,7 @@ FINISHED = ("model_index.json", "pytorch_lora_weights.safetensors")  # written l
 RESULTS = ("metrics.jsonl", "unet", *FINISHED)
 # What --overwrite_output_dir removes beside them.
 RUN_FILES = (*RESULTS, "training_config.yaml", "report.html", "samples", "README.md", "preview", "data_preview.png")
-RUN_FILES += ("test_samples", "pdm_features", "pdm_masks", "sam_masks", "ema_snapshots")
+RUN_FILES += ("test_samples", "pdm_features", "pdm_masks", "sam_masks", "ema_snapshots", "timings.json")
 RUN_FILES += (
     "pytorch_lora_weights_kohya.safetensors",
     "learned_embeddings.safetensors",
@@ -80,7 +80,8 @@ def check(args: argparse.Namespace) -> list[Path]:
         # Asked once, and in a group of processes last: one that waits here must not be killed by one that refused.
         problems.options += [*remote.trackers(args), *remote.hub(args)]
     problems.refuse_if_any()
-    _already(args, outline.steps)
+    # By epochs, and with pictures held out by their contents, the number of steps is known about only.
+    _already(args, args.max_train_steps or (None if getattr(args, "validation_split", 0) else outline.steps))
     if not args.dry_run:
         create(args.output_dir)
         if args.overwrite_output_dir and os.environ.get("RANK", "0") == "0":
@@ -173,15 +174,18 @@ def _another(args, folder: Path, resume: str) -> list[str]:
         found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
         path = max(found, key=lambda one: int(one.name.split("-")[1]), default=None)
     else:
-        path = folder / resume if Path(resume).name == resume else Path(resume).expanduser()
+        path = _named(folder, resume)
     complaint = path and mistaken(args, path)
     return [complaint] if complaint else []
 
 
 def _goes_on(folder: Path, resume: str) -> bool:
     """Whether the checkpoint is one of the run in this folder."""
-    path = folder / resume if Path(resume).name == resume else Path(resume).expanduser()
-    return resume == "latest" or path.resolve().parent == folder.resolve()
+    return resume == "latest" or _named(folder, resume).resolve().parent == folder.resolve()
+
+
+def _named(folder: Path, resume: str) -> Path:
+    return folder / resume if Path(resume).name == resume else Path(resume).expanduser()
 
 
 def _is_result(entry: Path) -> bool:
@@ -279,7 +283,7 @@ def _already(args, steps: int | None) -> None:
         return
     try:
         sessions = json.loads((folder / "timings.json").read_text(encoding="utf-8"))["sessions"]
-        done = max((session["last_step"] for session in sessions if session.get("finished")), default=0)
+        done = ([0] + [session["last_step"] for session in sessions if session.get("finished")])[-1]
     except (OSError, ValueError, KeyError, TypeError):
         return
     if steps >= done:
