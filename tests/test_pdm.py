@@ -575,3 +575,13 @@ def test_masks_that_nobody_brought_are_made_by_sam(train, tmp_path, capsys):  # 
     assert "no masks beside the pictures: toybox-sam makes them" in capsys.readouterr().out
     assert len(list((folder / "sam_masks").iterdir())) == 3
     assert "sam_model_name_or_path: toybox-sam" in (folder / "training_config.yaml").read_text()
+
+
+def test_photos_without_a_mask_count_as_a_whole_only_if_sam_makes_none(train, photos, class_photos, capsys):  # noqa: F811
+    Image.new("L", (80, 96), 255).save(photos / "photo-1.mask.png")
+    options = f"{PDM} --mask_pdm --dry_run --use_prior_loss --cls_data_dir '{class_photos}' --num_cls_imgs 4"
+    train("train_pdmbooth_lora", options, "run", "toybox")
+    assert "2 of 3 photos have no mask and count as a whole" in capsys.readouterr().err
+    train("train_pdmbooth_lora", f"{options} --mask_prior", "run", "toybox")
+    said = capsys.readouterr()
+    assert "toybox-sam makes them" in said.out and "count as a whole" not in said.err

@@ -53,8 +53,6 @@ def look(args: argparse.Namespace, problems) -> list[Found]:
     if missed and photos and not with_mask:
         asked = [f"--{name}" for name in ("mask_dm", "mask_pdm") if getattr(args, name, False)]
         lacking.append(masks.none(" ".join(asked) or "--masked_loss"))
-    elif missed and with_mask < photos:
-        warn(f"{photos - with_mask} of {photos} photos have no mask and count as a whole")
     if getattr(args, "mask_prior", False) and not (args.sam_model_name_or_path or classes_with_mask):
         drawn = "are drawn first, and have none" if not any(one.drawn for one in found) else "have none"
         lacking.append(
@@ -62,6 +60,8 @@ def look(args: argparse.Namespace, problems) -> list[Found]:
             " masks, or leave it out"
         )
     problems.data += _by_sam(args, lacking)
+    if missed and 0 < with_mask < photos and not args.sam_model_name_or_path:
+        warn(f"{photos - with_mask} of {photos} photos have no mask and count as a whole")
     return found
 
 
