@@ -400,7 +400,8 @@ def create(
     )
     if concepts:
         return Scores(found, subjects(concepts, examples, identifier, tokens))
-    return Scores(found, taught=[one.source for one in examples[:: max(1, len(examples) // TAUGHT)]][:TAUGHT])
+    few = min(TAUGHT, len(examples))
+    return Scores(found, taught=[examples[k * len(examples) // few].source for k in range(few)])
 
 
 def judges(names: Sequence[str], device, base: str, clip: str, dino: str, allow_pickle: bool = False) -> dict:

@@ -223,7 +223,7 @@ def hub(
             f"{name}, row {index}: {report.problem}" for index, report in zip(wanted, reports) if report.problem
         ]
     if complaints:
-        errors.refuse(complaints[:20], errors.DATA)
+        errors.refuse(complaints, errors.DATA)
     examples = [
         replace(one, key=content_key(one.source()["bytes"] or Path(one.source()["path"]).read_bytes()))
         for one, report in zip(examples, reports)
