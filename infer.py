@@ -243,6 +243,8 @@ def all_prompts(args, wrong: list) -> list:
         except (OSError, UnicodeDecodeError) as problem:
             wrong.append(f"--prompt_file {args.prompt_file} cannot be read: {getattr(problem, 'strerror', problem)}")
         else:
+            if any("\0" in line for line in lines):
+                wrong.append(f"--prompt_file {args.prompt_file} {captions.NUL}")
             found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
             if not found:
                 wrong.append(f"--prompt_file {args.prompt_file} holds no prompt")

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from utils import arguments, errors
-from utils.arguments.identity import COMPARED
+from utils.arguments import bounds
+from utils.arguments.identity import COMPARED, COURSE, LENGTH
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ["--pretrained_model_name_or_path=m", "--instance_data_dir=dog", "--instance_prompt=a photo of sks dog"]
@@ -161,6 +162,34 @@ def test_complaints_come_together(capsys):
 def test_contradictions_are_refused(capsys, words, expected):
     said = refused(capsys, *words)
     assert len(said) == 1 and expected in said[0], said
+
+
+def test_numbers_far_from_any_in_use_are_refused_or_pointed_out(capsys, tmp_path):
+    said = refused(capsys, "--noise_offset=100", "--rank=100000", "--resolution=100000", "--prior_loss_weight=1e9")
+    assert len(said) == 4 and all("is accepted (" in line for line in said)
+    assert "--noise_offset is 100: at most 10 is accepted (0.05 to 0.1 is usual" in "\n".join(said)
+    assert "--rank is 100,000: at most 4,096 is accepted" in "\n".join(said)
+    parse("--noise_offset=2", "--snr_gamma=500", "--caption_dropout=0.9", "--lora_alpha=1e5", "--repeats=5000")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 5 and all(line.startswith("warning: --") and "unusual" in line for line in said), said
+    rows = '[{"instance_data_dir": "a", "instance_prompt": "p", "repeats": 100000000}]'
+    (tmp_path / "concepts.json").write_text(rows)
+    words = ["--pretrained_model_name_or_path=m", f"--concepts_list={tmp_path / 'concepts.json'}"]
+    assert "concept 1: repeats is 100,000,000" in refused(capsys, needed=words)[0]
+
+
+def test_every_bound_is_of_an_option_and_above_its_default():
+    parsers = [build()]
+    for path in sorted([*ROOT.glob("train_*.py"), ROOT / "infer.py", ROOT / "utils" / "cache" / "__main__.py"]):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        program = importlib.import_module(name)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(arguments, "parse", lambda parser, argv: parsers.append(parser))
+            program.parse_args([])
+    actions = {action.dest: action for parser in parsers for action in parser._actions}
+    assert bounds.LARGEST.keys() <= actions.keys()
+    for name, (usual, most, why) in bounds.LARGEST.items():
+        assert (actions[name].default or 0) <= usual <= most and why, name
 
 
 def test_two_spellings_are_one():
@@ -380,6 +409,7 @@ def test_a_resume_knows_of_every_option_that_changes_what_is_learned(script):
     args = program.parse_args(["--pretrained_model_name_or_path=m", *needed])
     assert "| arguments.identity(args)" in Path(program.__file__).read_text()
     assert arguments.identity(args) == {}, "options at their defaults leave older checkpoints as they are"
+    assert {*COURSE, *LENGTH} <= set(CHANGEABLE.split())
     sorted_in = [COMPARED.keys(), set(TOLD.split()), set(CHANGEABLE.split()), WITHOUT_EFFECT]
     unsorted = {name: sum(name in names for names in sorted_in) for name in vars(args)}
     assert {name for name, times in unsorted.items() if times != 1} == set(), "put it into utils/arguments/identity.py"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from utils import captions, datasets, images, lost, randomness
+from utils import captions, concepts, datasets, images, lost, randomness
 
 
 def save(path, size=(48, 32), seed=0):
@@ -56,7 +56,7 @@ def test_tables_in_subfolders_and_in_csv(folder):
     assert "no column 'caption'" in read(folder, column="caption")[1][0]
 
 
-@given(st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda text: text.strip()))
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(lambda text: text.strip()))
 @settings(max_examples=40, deadline=None)
 def test_any_text_survives_the_table(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("texts")
@@ -158,6 +158,25 @@ def test_caption_files_that_link_outside_are_not_read(tmp_path):
     os.symlink(tmp_path / "secret", folder / "a.txt")
     found, (complaint,) = read(folder)
     assert "links to a file outside" in complaint and "secret words" not in str(found)
+
+
+def test_text_in_utf16_is_not_taken_for_utf8(folder, capsys):
+    """Without a mark it decodes: every second character is NUL."""
+    (folder / "a.txt").write_bytes("a cat\non a mat".encode("utf-16-le"))
+    texts, complaints = read(folder)
+    assert complaints[:1] == [f"{folder / 'a.txt'}:1: holds NUL characters, as UTF-16 text does; save it as UTF-8"]
+    (folder / "a.txt").write_bytes("a cat".encode("utf-16"))  # with its mark
+    assert "is not UTF-8 text; save it as UTF-8" in read(folder)[1][0]
+    os.remove(folder / "a.txt")
+    for name, text in (("jsonl", '{"file_name": "a.png", "text": "a cat"}'), ("csv", "file_name,text\na.png,a cat\n")):
+        path = folder / f"metadata.{name}"
+        path.write_bytes(text.encode("utf-16-be"))
+        assert f"{path}:1: holds NUL characters" in read(folder)[1][0]
+        os.remove(path)
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a\\u0000 cat"}')
+    assert "its 'text' holds NUL characters" in read(folder)[1][0]
+    row = {"instance_prompt": "a\0dog", "instance_data_dir": "x"}
+    assert "it holds NUL characters" in concepts.read([row])[1][0]
 
 
 def test_the_hub_cache_links_to_its_blobs(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import test_arguments
 from PIL import Image, ImageFilter
 
-from utils import errors, preflight
+from utils import arguments, errors, preflight
 from utils.preflight import model_folder, plan, quality, remote
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -249,6 +249,41 @@ def test_a_finished_run_without_a_checkpoint_is_not_trained_anew_by_latest(parse
     assert "holds a finished run" in said and "no checkpoint" in said
     (out / "checkpoint-10").mkdir()
     preflight.check(parse("--resume_from_checkpoint=latest"))
+
+
+def test_a_resume_says_what_it_changes_and_that_it_begins_anew(parse, tmp_path, capsys):
+    folder = tmp_path / "out"
+    preflight.check(parse("--resume_from_checkpoint=latest"))
+    said = capsys.readouterr()
+    assert f"latest: {folder} holds no checkpoint, so training starts from the beginning" in said.out
+    earlier = parse("--learning_rate=1e-4", "--lr_scheduler=cosine", "--max_train_steps=50", "--seed=1")
+    arguments.save(earlier, folder / "training_config.yaml")
+    (folder / "checkpoint-5").mkdir()
+    same = ["--learning_rate=1e-4", "--lr_scheduler=cosine", "--max_train_steps=50"]
+    for which in ("latest", "checkpoint-5", str(folder / "checkpoint-5")):
+        preflight.check(parse(f"--resume_from_checkpoint={which}", *same))
+        said = capsys.readouterr()
+        assert not said.err and "from the beginning" not in said.out
+    more = ["--learning_rate=2e-4", "--lr_scheduler=linear", "--max_train_steps=60", "--max_grad_norm=0.5"]
+    preflight.check(parse("--resume_from_checkpoint=latest", *more, "--adam_beta1=0.8"))
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "warning: --learning_rate was 0.0001 and is now 0.0002: the resumed steps use the new value"
+    names = ["learning_rate", "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "adam_beta1", "max_train_steps"]
+    assert [line.split()[1].removeprefix("--") for line in said] == names
+    earlier.lr_scheduler = "constant"
+    arguments.save(earlier, folder / "training_config.yaml")
+    preflight.check(parse("--resume_from_checkpoint=latest", "--learning_rate=1e-4", "--max_train_steps=60"))
+    assert "max_train_steps" not in capsys.readouterr().err, "more steps at a constant rate are the same course"
+
+
+def test_a_rank_that_no_layer_can_use_is_refused(parse, capsys):
+    """The largest layer of the tiny UNet's attention has a rank of 16, the smallest one of 8."""
+    assert refused(capsys, parse("--rank=17")) == ["--rank is 17: no layer of the model has a rank above 16; give that or less"]  # fmt: skip
+    preflight.check(parse("--rank=9"))
+    assert "layers have a lower rank, down to 8" in capsys.readouterr().err
+    preflight.check(parse("--rank=17", "--adapter=loha"))
+    preflight.check(parse("--rank=8"))
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["--overwrite_output_dir"], ["--resume_from_checkpoint=latest"]])

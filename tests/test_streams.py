@@ -138,16 +138,18 @@ def test_bad_rows_follow_the_policy(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
     texts = [f"row {n}" for n in numbers]
     texts[7] = None
+    texts[8] = "r\0o\0w\0"
     parquet(tmp_path / "shards" / "a.parquet", numbers, image=pictures, text=texts)
     dataset = stream(tmp_path / "shards", on_bad_image="skip", shuffle_buffer=40)
     good = stream(tmp_path / "shards", on_bad_image="skip", shuffle_buffer=40)
     shown = [dataset[position][0] for position in range(40)]
     reasons = [record["lost"] for record in shown if record["lost"]]
-    assert len(reasons) == 3 and not any(fatal for _, fatal in reasons)
+    assert len(reasons) == 4 and not any(fatal for _, fatal in reasons)
     said = "\n".join(why for why, _ in reasons)
+    assert "row 8' has a caption that holds NUL" in said
     assert "row 7' has no caption" in said and "row 6' holds no picture" in said and "row 5' is not a picture" in said
     times = Counter(map(number_of, shown))
-    assert set(times) == set(numbers) - {5, 6, 7} and sum(times.values()) == 40, "others stand in, none is lost"
+    assert set(times) == set(numbers) - {5, 6, 7, 8} and sum(times.values()) == 40, "others stand in, none is lost"
     assert seen(good, range(20, 40)) == [number_of(record) for record in shown[20:]]
     strict = stream(tmp_path / "shards", on_bad_image="error", shuffle_buffer=40)
     assert [fatal for position in range(40) for _, fatal in [strict[position][0]["lost"] or ("", None)] if fatal]

@@ -15,6 +15,8 @@ from pathlib import Path, PureWindowsPath
 
 COLUMNS = ("text", "caption", "prompt")  # the names in use for a caption, tried in this order
 LARGEST = 2**20  # bytes; a longer NAME.txt is no caption
+NUL = "holds NUL characters, as UTF-16 text read as UTF-8 does; write it as UTF-8"
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # marks with which such text begins
 PLACEHOLDERS = {"{identifier}": "identifier", "{class}": "class_noun"}  # in captions and prompts => option
 
 
@@ -105,6 +107,10 @@ def _text(folder: Path, path: Path, complaints: list[str], largest: int = LARGES
             complaints.append(f"'{path}' has {path.stat().st_size:,} bytes: too long for a caption")
             return None
         data = path.read_bytes()
+        if not data.startswith(UTF_16) and b"\0" in data:  # UTF-16 without a mark passes for UTF-8 full of them
+            line = data[: data.index(b"\0")].count(b"\n") + 1
+            complaints.append(f"{path}:{line}: holds NUL characters, as UTF-16 text does; save it as UTF-8")
+            return None
         return data.decode("utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
@@ -205,6 +211,8 @@ def _row(row, column: str | None) -> tuple[str, str | tuple[str, ...], str | Non
             "",
             f"its '{column}' must be text or a list of texts, and is {json.dumps(row[column], default=str)}",
         )
+    if any("\0" in text for text in texts):
+        return name, "", f"its '{column}' {NUL}"
     if any(len(text) > LARGEST for text in texts):
         return name, "", f"its '{column}' is longer than {LARGEST:,} characters: too long for a caption"
     texts = tuple(text.strip() for text in texts)

@@ -243,6 +243,8 @@ def _row(piece: Piece, row: int, picture, text) -> Row:
     text = tuple(text) if isinstance(text, list) else text
     if not text or not all(isinstance(one, str) and one for one in (text if isinstance(text, tuple) else [text])):
         return Row(name, problem="has no caption")
+    if any("\0" in one for one in (text if isinstance(text, tuple) else [text])):
+        return Row(name, problem=f"has a caption that {captions.NUL}")
     if not isinstance(data, bytes) or not data:
         return Row(name, problem="holds no picture")
     return Row(name, data, text)

@@ -65,6 +65,12 @@ COMPARED = {
     "use_inst_loss": True,
 }
 
+# May change between two sessions, and the rest of the course is another one: a resume says so.
+COURSE = ("learning_rate", "text_encoder_lr", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power")
+COURSE += ("max_grad_norm", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_weight_decay_text_encoder")
+COURSE += ("adam_epsilon", "repeats")
+LENGTH = ("max_train_steps", "num_train_epochs")  # what a falling learning rate is stretched to
+
 
 def identity(args: argparse.Namespace) -> dict:
     """Only what is not as it always was, so that an option added later leaves older checkpoints resumable."""
@@ -105,3 +111,26 @@ def mistaken(args: argparse.Namespace, checkpoint: Path) -> str | None:
     known = {name: value for name, value in earlier.items() if name in COMPARED or name in now}
     rows, _ = differing(known, json.loads(json.dumps(now)), args.allow_resume_mismatch)
     return another_run(checkpoint, rows) if rows else None
+
+
+def changed(args: argparse.Namespace, settings: Path) -> list[str]:
+    """A line for each option of the course that is not as in the run's saved settings; [] where there are none."""
+    import yaml
+
+    try:
+        earlier = yaml.safe_load(settings.read_text(encoding="utf-8"))
+        names = [name for name in (*COURSE, *LENGTH) if name in earlier and hasattr(args, name)]
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return []
+    if args.lr_scheduler.startswith("constant"):
+        names = [name for name in names if name not in LENGTH]
+    pairs = {name: (earlier[name], getattr(args, name)) for name in names}
+    return [
+        f"--{name} was {_told(old)} and is now {_told(new)}: the resumed steps use the new value"
+        for name, (old, new) in pairs.items()
+        if old != new
+    ]
+
+
+def _told(value) -> str:
+    return "not given" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, field
 
 from utils import buckets, captions, concepts
+from utils.arguments import bounds
 
 MULTIPLE = 8  # pixels: the autoencoder's downscaling
 DEFAULT_OFFSET = 0.1  # what --offset_noise stands for
@@ -100,6 +101,11 @@ def check(args: argparse.Namespace, given: dict, defaults: dict, misread: set[st
     _start(has, found)
     _scores(args, has, given, found)
     _reporting(args, has, given, found)
+    large = list(bounds.check(has))
+    for number, row in enumerate(has("concepts_list") or (), start=1):
+        large += bounds.check(row.get, f"--concepts_list, concept {number}: {{}}")
+    for refused, message in large:
+        (found.complaints if refused else found.warnings).append(message)
     for name in IF_ONLY:
         if has(name) not in (None, False, []):
             found.complaints.append(

@@ -212,6 +212,8 @@ def hub(
         if not text or not all(isinstance(one, str) for one in (text if isinstance(text, tuple) else [text])):
             complaints.append(f"{name}, row {index}: no caption, and no --instance_prompt stands in")
             text = ""
+        if any("\0" in one for one in (text if isinstance(text, tuple) else [text])):
+            complaints.append(f"{name}, row {index}: its caption {caption_files.NUL}")
         row = Row(table, index, image_column)
         complaints += caption_files.unfilled([(f"{name}, row {index}", text)], **words)
         examples.append(Example(row, caption_files.fill(text, **words)))

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from utils import buckets, captions, concepts, precomputed
-from utils.arguments.identity import mistaken
+from utils.arguments.identity import changed, mistaken
 from utils.errors import DATA, OPTIONS, refuse, warn
 from utils.preflight import model_folder, photos, plan, remote, shapes
 
@@ -82,6 +82,8 @@ def check(args: argparse.Namespace) -> list[Path]:
     problems.refuse_if_any()
     # By epochs, and with pictures held out by their contents, the number of steps is known about only.
     _already(args, args.max_train_steps or (None if getattr(args, "validation_split", 0) else outline.steps))
+    if args.resume_from_checkpoint:
+        _resumed(args)
     if not args.dry_run:
         create(args.output_dir)
         if args.overwrite_output_dir and os.environ.get("RANK", "0") == "0":
@@ -177,6 +179,21 @@ def _another(args, folder: Path, resume: str) -> list[str]:
         path = _named(folder, resume)
     complaint = path and mistaken(args, path)
     return [complaint] if complaint else []
+
+
+def _resumed(args) -> None:
+    """What a resume would otherwise do in silence: begin anew, or go on in another way."""
+    folder, resume = Path(args.output_dir), args.resume_from_checkpoint
+    there = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    if resume == "latest" and not there:
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"--resume_from_checkpoint latest: {folder} holds no checkpoint, so training starts from the beginning",
+                flush=True,
+            )
+        return
+    for line in changed(args, (folder if resume == "latest" else _named(folder, resume).parent) / STARTED[1]):
+        warn(line)
 
 
 def _goes_on(folder: Path, resume: str) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from utils import buckets, saved, targets
 from utils.arguments.relations import engine_asked_for
+from utils.errors import warn
 from utils.preflight.shapes import latents
 
 # A stored network: its optional variant (fp16) and shard number stand between name and ending.
@@ -125,7 +126,31 @@ def unknown_layers(args: argparse.Namespace, model: Path | None) -> list[str]:
     if not model or "rank" not in args:
         return []
     stored = {name: shapes(model / name, args.variant) for name in _adapted(args, NETWORKS)}
-    return _chosen(stored, args)[2] if stored["unet"] else []
+    if not stored["unet"]:
+        return []
+    return _chosen(stored, args)[2] or _useless_ranks(stored, args)
+
+
+def _useless_ranks(stored: dict, args) -> list[str]:
+    """A product of two matrices has at most the rank of the layer beside it: what is above that is only memory."""
+    if args.adapter != "lora":  # LoHa's and LoKr's products have other ranks
+        return []
+    chosen, convolutions, _ = _chosen(stored, args)
+    sides: dict[str, list[int]] = {"rank": [], "lora_conv_rank": []}
+    for network, ends in chosen.items():
+        for layer, shape in _layers(stored[network]):
+            if any(targets.ends(layer, end) for end in ends):
+                odd = network == "unet" and any(targets.ends(layer, end) for end in convolutions)
+                sides["lora_conv_rank" if odd else "rank"].append(min(shape[0], math.prod(shape[1:])))
+    found = []
+    for name, those in sides.items():
+        rank, above = getattr(args, name), [side for side in those if side < (getattr(args, name) or 0)]
+        if above and len(above) == len(those):
+            found.append(f"--{name} is {rank}: no layer of the model has a rank above {max(those)}; give that or less")
+        elif above:
+            few = f"{len(above)} of {len(those)} layers have a lower rank, down to {min(above)}"
+            warn(f"--{name} is {rank}: {few}; there the adapters take more memory than they can use")
+    return found
 
 
 def unknown_queries(args: argparse.Namespace, model: Path | None) -> list[str]:
