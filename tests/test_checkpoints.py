@@ -244,6 +244,20 @@ def test_identity_mismatch_is_a_table(tmp_path, capsys):
 # Rotation
 
 
+def test_a_link_to_a_checkpoint_is_removed_and_not_followed(tmp_path):
+    """Neither what it leads to nor a staged link is left: the latter would stay for ever."""
+    elsewhere = saved_at(tmp_path / "elsewhere", 1).folder / "checkpoint-1"
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "checkpoint-1").symlink_to(elsewhere)
+    (folder / "checkpoint-3").symlink_to(tmp_path / "nowhere")
+    (folder / ".tmp-checkpoint-9-x").symlink_to(elsewhere)
+    saved_at(folder, 2, 3, keep=1)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-3"]
+    assert not (folder / "checkpoint-3").is_symlink()
+    assert manifests.fault(elsewhere, "full") is None
+
+
 def test_rotation_keeps_the_newest(tmp_path):
     saved_at(tmp_path, 1, 2, 3, 4, keep=2)
     assert names(tmp_path) == ["checkpoint-3", "checkpoint-4"]

@@ -63,6 +63,7 @@ def test_a_list_is_read_as_users_know_it(listed, tmp_path):
     ("content", "said"),
     [
         ("{", "is not valid JSON"),
+        ('[{"instance_prompt": "x", "instance_prompt": "y"}]', 'the key "instance_prompt" is given twice'),
         ("[]", "must hold a list of one or more objects with the keys instance_prompt, class_prompt"),
         ('{"instance_prompt": "x"}', "must hold a list"),
         ('[{"instance_promt": "x"}]', "concept 1: 'instance_promt' is no key of a concept; did you mean"),

@@ -75,15 +75,17 @@ def test_every_mistake_in_a_table_is_reported_with_its_line(folder, capsys):
     rows += ['{"file_name": "gone.png", "text": "x"}', '{"file_name": "b.png", "text": null}']
     rows += ['{"file_name": "a.png", "text": "again"}', '{"file_name": "b.png", "label": 3}']
     rows += ['{"file_name": "notes.md", "text": "x"}', "", '{"file_name": "b.png", "text": ["x", " "]}']
+    rows += ['{"file_name": "b.png", "text": "one", "text": "two"}']
     (folder / "metadata.jsonl").write_text("\r\n".join(rows))
     reasons = ["JSON", "object", "file_name", "does not exist", "null", "already", "no column", "no picture", '["x"']
+    reasons += ["twice"]
     complaints = read(folder)[1]
-    lines = [2, 3, 4, 5, 6, 7, 8, 9, 11]
+    lines = [2, 3, 4, 5, 6, 7, 8, 9, 11, 12]
     for complaint, line, reason in zip(complaints, lines, reasons, strict=True):
         assert complaint.startswith(f"{folder / 'metadata.jsonl'}:{line}: ") and reason in complaint
     with pytest.raises(SystemExit) as stop:
         datasets.folder(folder, "prompt")
-    assert stop.value.code == 3 and capsys.readouterr().err.count("error: ") == 9
+    assert stop.value.code == 3 and capsys.readouterr().err.count("error: ") == 10
 
 
 def table(folder, **columns):

@@ -305,6 +305,26 @@ def test_files_that_no_run_wrote_are_not_replaced(parse, tmp_path, capsys, words
     preflight.check(parse(*words))
 
 
+@pytest.mark.parametrize(
+    "place", ["samples", "unet/config.json", "preview/instance-00.png", "logs", "report.html", ".run.lock"]
+)
+def test_a_link_that_leads_out_of_the_folder_is_refused(parse, tmp_path, capsys, place):
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    (out / place).parent.mkdir(parents=True)
+    (out / "training_config.yaml").write_text("seed: 1\n")
+    mine.write_text("years of work")
+    (out / "checkpoint-7").symlink_to(tmp_path)  # is replaced, not written through
+    (out / place).symlink_to(mine)
+    said = refused(capsys, parse("--resume_from_checkpoint=latest"))
+    assert any(f"'{out / place}' is a link to '{mine}', outside of the folder" in line for line in said), said
+    anew = parse("--overwrite_output_dir")
+    if place == ".run.lock":
+        assert "is a link; remove the link" in refused(capsys, anew)[0]
+        return
+    preflight.check(anew)  # removes the links
+    assert mine.read_text() == "years of work" and not os.path.lexists(out / "samples")
+
+
 def test_warm_up_longer_than_the_epochs(parse, capsys):
     said = refused(capsys, parse("--lr_warmup_steps=500", "--num_train_epochs=20"))[0]
     assert "leaves nothing of the 15 steps that --num_train_epochs 20 makes" in said

@@ -132,6 +132,17 @@ def test_a_stopped_run_goes_on_to_exactly_the_number(tmp_path, capsys):
     assert fewer == found[:3] and not pipeline.calls
 
 
+def test_links_under_temporary_names_are_not_written_through(tmp_path):
+    mine, folder = tmp_path / "thesis.txt", tmp_path / "class"
+    mine.write_text("years of work")
+    folder.mkdir()
+    for name in (".class-00000.png.tmp", f".{prior.SIDECAR}.tmp"):
+        (folder / name).symlink_to(mine)
+    fill(folder, count=2)
+    assert mine.read_text() == "years of work"
+    assert not any(path.is_symlink() for path in folder.iterdir())
+
+
 def test_the_owners_pictures_come_first_and_stay_untouched(tmp_path, capsys):
     for name in ("z.jpg", "sub/class-00000.png", "class-00001.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -587,6 +587,36 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path, capsys):
     assert "--output_dir" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["link", "hard link", "file", "folder"])
+def test_a_lock_that_is_not_a_lock_is_left_alone(tmp_path, capsys, kind):
+    """A run folder from elsewhere may hold anything under that name; what is ours is emptied and written."""
+    mine, lock = tmp_path / "thesis.txt", tmp_path / "run" / ".run.lock"
+    mine.write_text("years of work")
+    lock.parent.mkdir()
+    if kind == "link":
+        lock.symlink_to(mine)
+    elif kind == "hard link":
+        os.link(mine, lock)
+    elif kind == "file":
+        lock.write_text("years of work")
+    else:
+        lock.mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        runtime.start(tmp_path / "run", seed=1)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "--output_dir" in said and ("lock" in said or kind == "folder")
+    assert mine.read_text() == "years of work" and (kind != "file" or lock.read_text() == "years of work")
+
+
+def test_settings_are_not_written_through_a_link(tmp_path):
+    mine = tmp_path / "thesis.txt"
+    mine.write_text("years of work")
+    for name in (f".{startup.SETTINGS}.{os.getpid()}", startup.SETTINGS):
+        (tmp_path / name).symlink_to(mine)
+    startup.write_settings(tmp_path, {"seed": 1})
+    assert mine.read_text() == "years of work" and "seed: 1" in (tmp_path / startup.SETTINGS).read_text()
+
+
 def test_two_locks(tmp_path):
     one, two = startup.FolderLock(tmp_path), startup.FolderLock(tmp_path)
     assert one.take() is None

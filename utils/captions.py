@@ -13,6 +13,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 
+from utils import strict
+
 COLUMNS = ("text", "caption", "prompt")  # the names in use for a caption, tried in this order
 LARGEST = 2**20  # bytes; a longer NAME.txt is no caption
 NUL = "holds NUL characters, as UTF-16 text read as UTF-8 does; write it as UTF-8"
@@ -175,8 +177,8 @@ def _json_rows(text: str) -> Iterator[tuple[int, object]]:
     for line, row in enumerate(text.split("\n"), start=1):  # splitlines() would cut inside of strings, at U+2028
         if row.strip():
             try:
-                yield line, json.loads(row)
-            except (ValueError, RecursionError) as error:
+                yield line, strict.parsed_json(row)
+            except ValueError as error:
                 yield line, f"is not valid JSON: {error}"
 
 

@@ -9,6 +9,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils import strict
+
 PATHS = ("instance_data_dir", "class_data_dir")
 TEXTS = ("instance_prompt", "class_prompt")
 COUNTS = ("repeats", "num_class_images")
@@ -42,8 +44,8 @@ def read(source: str | list) -> tuple[list[dict], list[str]]:
     if isinstance(source, str):
         where, folder = f"--concepts_list {source}", os.path.dirname(source)
         try:
-            source = json.loads(Path(source).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as problem:  # no UTF-8 is a ValueError too
+            source = strict.parsed_json(Path(source).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as problem:  # no UTF-8 is a ValueError too
             return [], [f"{where}: {getattr(problem, 'strerror', None) or f'is not valid JSON: {problem}'}"]
     if not isinstance(source, list) or not source or not all(isinstance(row, dict) for row in source):
         return [], [f"{where} must hold a list of one or more objects with the keys {', '.join(KEYS)}"]

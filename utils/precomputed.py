@@ -152,6 +152,7 @@ def write_block(folder: Path, kind: str, identity: dict, rows: Sequence, tensors
 
 def _write(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}")
+    temporary.unlink(missing_ok=True)  # it might be a link that leads anywhere
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()

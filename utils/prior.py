@@ -177,6 +177,7 @@ def _refuse_strangers(folder: Path, record: dict, identity: dict, count: int) ->
 
 def _write(folder: Path, record: dict) -> None:
     temporary = folder / f".{SIDECAR}.tmp"
+    temporary.unlink(missing_ok=True)  # it might be a link that leads anywhere
     temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     os.replace(temporary, folder / SIDECAR)
 
@@ -214,6 +215,7 @@ def _draw(
                 mark = PngInfo()
                 mark.add_text(MARK, _mark(picture, seed))
                 temporary = folder / f".{name}.tmp"  # hidden; what a kill leaves is overwritten by the next run
+                temporary.unlink(missing_ok=True)  # it might be a link that leads anywhere
                 picture.save(temporary, "PNG", pnginfo=mark)
                 os.replace(temporary, folder / name)
             run.say(f"class images: {min(run.world * (start + batch_size), total)}/{total}")

@@ -109,6 +109,7 @@ def _fill(run, folder: Path, todo: dict, how: dict, allow_pickle: bool) -> None:
         photo = images.open_rgb(source, how["alpha_background"])
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
+        temporary.unlink(missing_ok=True)  # it might be a link that leads anywhere
         segment(model, processor, photo, how["box"], how["point"]).save(temporary, "PNG")
         os.replace(temporary, path)
     del model

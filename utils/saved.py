@@ -13,7 +13,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import errors, models
+from utils import errors, models, strict
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EMBEDDINGS_FILE = "learned_embeddings.safetensors"
@@ -329,13 +329,14 @@ def read_json(file: Path) -> dict:
 
 def read_yaml(file: Path) -> dict:
     """A YAML file, or the front matter of a Markdown file."""
-    import yaml
-
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".md":
             text = text.split("---\n")[1] if text.startswith("---\n") else ""
-        found = yaml.safe_load(text)
-    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        found = strict.yaml(text)
+    except (OSError, IndexError):
+        return {}
+    except ValueError as problem:
+        errors.warn(f"{file} cannot be read and is ignored: {problem}")
         return {}
     return found if isinstance(found, dict) else {}

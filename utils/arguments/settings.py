@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils import strict
 from utils.arguments import relations
 from utils.errors import refuse, warn
 
@@ -225,14 +226,10 @@ def _about_strangers(parser, words: list[str], strangers: list[str]) -> list[str
 
 def _config(path: str, actions: dict, kinds: dict[str, Kind], complaints: list[str]) -> dict[str, object]:
     """What a YAML file gives; null stands for the default, as in a file that a run wrote."""
-    import yaml
-
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
-        mark = getattr(problem, "problem_mark", None)
-        reason = getattr(problem, "strerror", None) or getattr(problem, "problem", None) or problem
-        complaints.append(f"--config {path}: {reason}" + (f" in line {mark.line + 1}" if mark else ""))
+        content = strict.yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:  # no UTF-8 is a ValueError too
+        complaints.append(f"--config {path}: {getattr(problem, 'strerror', None) or problem}")
         return {}
     if not isinstance(content, dict | None):
         complaints.append(f"--config {path}: lines of the form 'option: value' are needed")

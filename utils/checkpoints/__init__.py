@@ -113,7 +113,7 @@ class Checkpoints:
                 elif read[name] is not None:
                     nested.save(read[name], staged / f"{name}.safetensors")
             manifests.write(staged, step, self.identity)
-            if target.exists():  # cut short or abandoned by an earlier session, which is why it is saved again
+            if os.path.lexists(target):  # cut short or abandoned by an earlier session, which is why it is saved again
                 target.rename(self.folder / f"{STAGED}{step}-replaced-{uuid.uuid4().hex[:8]}")
             os.replace(staged, target)
             manifests.sync(self.folder)
@@ -133,6 +133,9 @@ class Checkpoints:
                 kept += 1
                 continue
             try:
+                if path.is_symlink():  # what it leads to is not ours
+                    path.unlink()
+                    continue
                 # Renamed first: what a kill leaves half deleted must not look like a checkpoint.
                 doomed = path.rename(self.folder / f"{STAGED}{path.name}-{uuid.uuid4().hex[:8]}")
                 shutil.rmtree(doomed)
@@ -141,7 +144,10 @@ class Checkpoints:
 
     def _remove_staged(self) -> None:
         for path in self.folder.glob(f"{STAGED}*"):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_symlink():
+                path.unlink(missing_ok=True)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
 
     # Resuming
 

@@ -5,6 +5,7 @@ every problem, refuses once, and imports neither torch nor diffusers.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -112,7 +113,10 @@ def _clear(folder: Path) -> None:
 
     runtime.close_last()
     lock = startup.FolderLock(folder)
-    owner = lock.take()
+    try:
+        owner = lock.take()
+    except OSError as problem:
+        refuse(f"--output_dir {folder} cannot be written: {problem.strerror}.", once=True)
     if owner:
         refuse(f"--overwrite_output_dir: a run is going on in {folder} ({owner})", once=True)
     for entry in folder.iterdir():
@@ -156,6 +160,11 @@ def _output(args, problems: Problems) -> None:
             f"--output_dir {folder} already holds a run ({', '.join(left[:3])}{', ...' if left[3:] else ''}), and"
             f" --resume_from_checkpoint {resume} is of another: name an empty folder, or latest to go on with this run"
         )
+    if not args.overwrite_output_dir and (link := _leads_out(folder, entries, args.logging_dir)):
+        problems.options.append(
+            f"--output_dir {folder}: '{link}' is a link to '{os.path.realpath(link)}', outside of the folder, and a run"
+            " would write there; remove the link, or name another folder"
+        )
     if run and left and not resume and not args.overwrite_output_dir:
         problems.options.append(
             f"--output_dir {folder} already holds a run ({', '.join(left[:3])}{', ...' if left[3:] else ''}): add"
@@ -168,6 +177,19 @@ def _output(args, problems: Problems) -> None:
                 f"--output_dir {folder} holds {', '.join(theirs)}, not written by a run, which this one would replace;"
                 " name another folder"
             )
+
+
+def _leads_out(folder: Path, entries: list[Path], logging_dir: str) -> Path | None:
+    """The first link that a run would write through, out of its folder: files are written into `unet`, `samples`, ...
+    by their names. What replaces a checkpoint takes the link's place and leaves what it leads to alone."""
+    inside = folder.resolve()
+    ours = [entry for entry in entries if entry.name in (*RUN_FILES, *STARTED, *Path(logging_dir).parts[:1])]
+    for entry in ours:
+        below = (Path(place, name) for place, *names in os.walk(entry) for name in itertools.chain(*names))
+        for path in itertools.chain([entry], () if entry.is_symlink() else below):
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                return path
+    return None
 
 
 def _another(args, folder: Path, resume: str) -> list[str]:

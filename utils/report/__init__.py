@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-from utils import errors, scores
+from utils import errors, scores, strict
 from utils.report import curves, gallery
 
 MOST_STEPS = 20  # validations shown for each prompt: the first, the newest, and evenly between
@@ -142,11 +142,9 @@ class Report:
 
 
 def read_settings(folder: Path) -> dict:
-    import yaml
-
     try:
-        settings = yaml.safe_load((Path(folder) / "training_config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        settings = strict.yaml((Path(folder) / "training_config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     return settings if isinstance(settings, dict) else {}
 

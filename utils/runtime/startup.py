@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -9,6 +10,7 @@ import os
 import re
 import secrets
 import socket
+import stat
 import sys
 import time
 import traceback
@@ -18,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from utils import errors
+from utils import errors, strict
 from utils.checkpoints import manifests
+from utils.report import gallery
 from utils.runtime import engines, signals
 
 SETTINGS = "training_config.yaml"
@@ -167,7 +170,7 @@ class FolderLock:
             import fcntl
         except ImportError:  # Windows: nothing to lock with
             return None
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = self._opened()
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -185,6 +188,21 @@ class FolderLock:
         os.ftruncate(handle, 0)
         os.write(handle, json.dumps(note).encode())
         return None
+
+    def _opened(self) -> int:
+        """Not through a link, and nothing but what a lock left: a folder from elsewhere may hold any file here."""
+        try:
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as problem:
+            if self.path.is_symlink():
+                raise OSError(problem.errno, f"{LOCK} in it is a link; remove the link") from None
+            raise
+        held = os.fstat(handle)
+        content = os.pread(handle, 4096, 0) if stat.S_ISREG(held.st_mode) else None
+        if content is None or (content and held.st_nlink > 1) or (content and not content.startswith(b'{"pid": ')):
+            os.close(handle)
+            raise OSError(errno.EINVAL, f"{LOCK} in it is not the lock of a run; move the file away")
+        return handle
 
     def release(self) -> None:
         """The file stays: to delete it would let a third run lock a new file while a second holds the old one."""
@@ -223,8 +241,6 @@ def settle_seed(seed: int | None, folder: Path, resuming: str | None) -> int:
 
 def _earlier_seed(folder: Path, resuming: str) -> int | None:
     """From the checkpoint itself, which may be another run's; a run that has none yet told its settings."""
-    import yaml
-
     if resuming == "latest":
         candidates = [path for _, path in reversed(manifests.listed(folder))]
     else:
@@ -232,8 +248,8 @@ def _earlier_seed(folder: Path, resuming: str) -> int | None:
     for path in candidates:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return int(manifests.read(path)["identity"]["seed"])
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return int(yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))["seed"])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return int(strict.yaml((folder / SETTINGS).read_text(encoding="utf-8"))["seed"])
     return None
 
 
@@ -286,6 +302,4 @@ def for_trackers(config: dict) -> dict:
 
 def write_whole(path: Path, text: str) -> None:
     """A reader finds the old file or the new one, never half of one."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_text(text, encoding="utf-8")
-    os.replace(staged, path)
+    gallery.write_whole(path, text.encode())
