@@ -2,13 +2,14 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from utils import adapters, models
+from utils import adapters, models, saved
 from utils.adapters import files
 
 
@@ -78,23 +79,151 @@ def test_one_encoder_is_te_without_a_number(sd1, tmp_path):
     assert text and all(key.startswith("lora_te_text_model_encoder_layers_") for key in text)
 
 
+def expanded(pattern: str) -> list[str]:
+    """a{b,c{0..1}} => ab, ac0, ac1"""
+    start = pattern.find("{")
+    if start < 0:
+        return [pattern]
+    depth, parts = 0, [""]
+    for end in range(start, len(pattern)):
+        sign = pattern[end]
+        depth += (sign == "{") - (sign == "}")
+        if depth == 0:
+            break
+        if sign == "," and depth == 1:
+            parts.append("")
+        elif end > start:
+            parts[-1] += sign
+    if span := re.fullmatch(r"(\d+)\.\.(\d+)", parts[0]):
+        parts = list(map(str, range(int(span[1]), int(span[2]) + 1)))
+    rest = expanded(pattern[end + 1 :])
+    return [f"{pattern[:start]}{one}{other}" for part in parts for one in expanded(part) for other in rest]
+
+
+def golden_sdxl_names() -> dict[str, str]:
+    """diffusers' name of each layer of SDXL's UNet => kohya's."""
+    lines = Path(__file__).with_name("sdxl_layer_names.txt").read_text(encoding="utf-8").splitlines()
+    rows = [[expanded(side) for side in line.split(" ")] for line in lines if not line.startswith("#")]
+    return {ours: theirs for left, right in rows for ours, theirs in zip(left, right, strict=True)}
+
+
+def test_every_layer_of_sdxl_has_kohyas_name_and_it_leads_back():
+    from diffusers import UNet2DConditionModel
+
+    golden = golden_sdxl_names()
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**PUBLISHED["sdxl"])
+    assert set(adapters.adaptable(unet)) == golden.keys() and len(golden) == 794
+    for ours, theirs in golden.items():
+        assert files.kohya_name("unet", ours, two_encoders=True, sgm=True) == f"lora_unet_{theirs}"
+        assert files.dotted(files.from_sgm(theirs)) == ours
+    found = {"unet": {name: {} for name in golden}}
+    assert files.has_sgm_names(found, {"ss_base_model_version": "sdxl_base_v1-0"})
+    assert files.has_sgm_names(found, {})  # a file that says nothing of its base
+    assert not files.has_sgm_names(found, {"ss_base_model_version": "sd_v1"})
+    for name in ("down_blocks.0.attentions.0.proj_in", "down_blocks.3.resnets.0.conv1", "up_blocks.3.resnets.0.conv1"):
+        assert not files.has_sgm_names({"unet": {name: {}}}, {"ss_base_model_version": "sdxl_base_v1-0"})
+
+
+PUBLISHED = {
+    "sd1": {"cross_attention_dim": 768},
+    "sdxl": {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": (1, 2, 10),
+        "cross_attention_dim": 2048,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def sdxl_places(tmp_path_factory):
+    """A tiny SDXL whose layers have the names of the published one's."""
+    import tiny
+
+    pipeline = tiny.stable_diffusion_xl()
+    torch.manual_seed(0)
+    shape = {key: PUBLISHED["sdxl"][key] for key in ("down_block_types", "up_block_types")}
+    shape |= {"block_out_channels": (8, 8, 16), "layers_per_block": 2, "transformer_layers_per_block": (1, 1, 2)}
+    shape |= {"attention_head_dim": (2, 2, 4), "num_attention_heads": None}
+    pipeline.unet = type(pipeline.unet)(**dict(pipeline.unet.config) | shape)
+    return tiny.save(pipeline, tmp_path_factory.mktemp("models") / "sdxl_places")
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+def test_sdxl_layers_are_named_as_stabilitys_code_names_them(kind, sdxl_places, tmp_path):
+    learns = trained(loaded(sdxl_places), rank=2, lora_conv_rank=2, text_encoder=True, adapter=kind)
+    learns.save(tmp_path, output_kohya_format=True)
+    known = set(golden_sdxl_names().values())
+    for name in [adapters.KOHYA_FILE, *([] if kind == "lora" else [adapters.FILE])]:
+        layers = {key.split(".")[0] for key in load_file(tmp_path / name)}
+        assert {layer.removeprefix("lora_unet_") for layer in layers if layer.startswith("lora_unet_")} <= known
+        assert {layer[:8] for layer in layers} == {"lora_une", "lora_te1", "lora_te2"}
+        found, _ = files.read(tmp_path / name)
+        plain = {layer.replace(".base_layer", "") for layer, module in learns.modules["unet"].named_modules()}
+        assert found["unet"].keys() <= plain and len(found["unet"]) > 50
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_loha_and_lokr_of_sdxl_with_diffusers_names_still_load(kind, sdxl_places, tmp_path):
+    learns = trained(loaded(sdxl_places), rank=2, text_encoder=True, adapter=kind)
+    learns.save(tmp_path)
+    stored = load_file(tmp_path / adapters.FILE)
+    assert any(map(files.is_sgm_key, stored))
+    files.save({files.own_key(key): weight for key, weight in stored.items()}, tmp_path / "old" / adapters.FILE, {})
+    again = adapters.attach(loaded(sdxl_places), rank=2, text_encoder=True, adapter=kind, seed=9)
+    for folder in (tmp_path, tmp_path / "old"):
+        for weight in again.parameters():
+            weight.data.zero_()
+        again.load(folder)
+        assert all(torch.equal(one, two) for one, two in zip(learns.parameters(), again.parameters(), strict=True))
+    # Averages of snapshots have one naming, whichever the file has.
+    averages = {key: weight.detach() + 1 for key, weight in learns.named().items()}
+    for folder in (tmp_path, tmp_path / "old"):
+        made = load_file(saved.with_averages(folder / adapters.FILE, averages, tmp_path / "averaged.safetensors"))
+        assert all(torch.equal(made[key], w + 1) for key, w in load_file(folder / adapters.FILE).items() if w.dim())
+
+
+def test_a_layer_under_two_names_is_refused(sdxl_places, tmp_path, capsys):
+    """As a program leaves it that adds files up key by key: one name would win without a word."""
+    trained(loaded(sdxl_places), rank=2).save(tmp_path, output_kohya_format=True)
+    stored = load_file(tmp_path / adapters.KOHYA_FILE)
+    files.save(
+        stored | {files.own_key(key): weight.clone() for key, weight in stored.items() if files.is_sgm_key(key)},
+        tmp_path / "mixed",
+        {},
+    )
+    with pytest.raises(SystemExit):
+        files.read(tmp_path / "mixed")
+    assert "under two names" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (["lora_unet_middle_block_0_in_layers_0.w_norm"], "not understood"),
+        (["lora_unet_middle_block_2_out_layers_0.b_norm"], "not understood"),
+        (["lora_unet_x.lokr_w1", "lora_unet_x.lokr_w2", "lora_unet_x.dora_scale"], "DoRA of another kind"),
+        (["lora_unet_x.hada_w1_a", "lora_unet_x.dora_scale", "lora_unet_x.alpha"], "DoRA of another kind"),
+        (["lora_unet_x.lora_down.weight"], "only one of the two matrices"),
+    ],
+)
+def test_kinds_that_are_not_supported_are_refused_in_one_sentence(keys, says, tmp_path, capsys):
+    files.save({key: torch.ones(() if "alpha" in key else (2, 2)) for key in keys}, tmp_path / "strange", {})
+    with pytest.raises(SystemExit):
+        files.read(tmp_path / "strange")
+    said = capsys.readouterr().err
+    assert says in said and said.count("error:") == 1
+
+
 def test_every_layer_of_the_published_networks_has_a_name_that_leads_back():
     from diffusers import UNet2DConditionModel
 
-    shapes = {
-        "sd1": {"cross_attention_dim": 768},
-        "sdxl": {
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "block_out_channels": (320, 640, 1280),
-            "transformer_layers_per_block": (1, 2, 10),
-            "cross_attention_dim": 2048,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-    }
-    for config in shapes.values():
+    for config in PUBLISHED.values():
         with torch.device("meta"):
             unet = UNet2DConditionModel(**config)
         for name in adapters.adaptable(unet):
@@ -134,7 +263,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("model", ["sd1", "sdxl"])
+@pytest.mark.parametrize("model", ["sd1", "sdxl", "sdxl_places"])
 @pytest.mark.parametrize("case", CASES)
 def test_both_files_draw_the_same_in_stock_diffusers(model, case, request, tmp_path):
     folder = request.getfixturevalue(model)
@@ -146,7 +275,8 @@ def test_both_files_draw_the_same_in_stock_diffusers(model, case, request, tmp_p
     for name in (adapters.FILE, adapters.KOHYA_FILE):
         pipeline = stock(folder)
         pipeline.load_lora_weights(tmp_path, weight_name=name)
-        assert abs(drawn(pipeline) - ours).max() < 1e-4, name
+        # olora in the larger one: its two halves are as large as the base, and so is their rounding.
+        assert abs(drawn(pipeline) - ours).max() < (1e-3 if model == "sdxl_places" else 1e-4), name
 
 
 @pytest.mark.parametrize("model", ["sd1", "sdxl"])

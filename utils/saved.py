@@ -205,11 +205,14 @@ def with_averages(file: Path, averages: dict, target: Path) -> Path:
     """A copy of a file of adapters or tokens that holds these averages instead of its weights."""
     from safetensors.torch import load_file, save_file
 
+    from utils.adapters.files import own_key
+
     whole = load_file(file)
+    names = {own_key(key): key for key in whole}  # averages have one naming, whatever the file's is
     for key, average in averages.items():
         # The file holds more than what learns: alphas, and beside some weights the start that is taken away. And
         # tokens that were learned beside the adapters have a file of their own.
-        if key in whole:
+        if key := names.get(key):
             whole[key][tuple(slice(size) for size in average.shape)] = average
     save_file(whole, str(target), metadata=header(file).get("__metadata__"))
     shared(target)

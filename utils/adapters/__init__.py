@@ -159,7 +159,8 @@ def describe_base(family) -> dict[str, str]:
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": "diffusers",
+        # kohya's entry, which tells the naming of a kohya file.
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models" if two else "diffusers",
         "modelspec.prediction_type": "v" if v_prediction else "epsilon",
         "ss_base_model_version": version,
         "ss_v2": str(wide and not two),
@@ -181,6 +182,9 @@ class Adapters:
     def __init__(self, modules: dict[str, torch.nn.Module], configs, family, kind, alpha, told, about_base):
         self.modules, self.configs, self.kind, self.alpha = modules, configs, kind, alpha
         self.family, self.base, self.text_share = family, family.name, 1.0
+        layers = {name: {} for name, layer in modules["unet"].named_modules() if hasattr(layer, "base_layer")}
+        two_layers = family.unet.config.layers_per_block == 2
+        self.sgm = two_layers and files.has_sgm_names({"unet": layers}, about_base)  # in files for kohya's programs
         self.told, self.about_base = {key: value for key, value in told.items() if value is not None}, about_base
 
     def named(self) -> dict[str, torch.nn.Parameter]:
@@ -273,7 +277,8 @@ class Adapters:
         file is the difference from the base as it is published: (alpha / r) (B A - B' A')."""
         weights = dict(self.named())
         if self.kind != "lora":
-            return weights | self._alphas()
+            weights |= self._alphas()
+            return {files.sgm_key(key): weight for key, weight in weights.items()} if self.sgm else weights
         for _, (downs, ups), (down, up) in self._started():
             weights[down] = torch.cat([weights[down], downs[START].weight], dim=0)
             weights[up] = torch.cat([weights[up], -ups[START].weight], dim=1)
@@ -327,14 +332,18 @@ class Adapters:
             found, _ = files.read(Path(folder, FILE))
             # Alphas stand beside the weights there, and diffusers refuses a file that says them twice.
             header = {key: value for key, value in header.items() if key != METADATA}
-            files.save(files.kohya(found), Path(folder, KOHYA_FILE), header)
+            files.save(files.kohya(found, self.sgm), Path(folder, KOHYA_FILE), header)
 
     def load(self, folder: str | Path, mark: str = "") -> None:
         """The exact inverse of save, in place; a file of other adapters is refused."""
         file = saved.marked(Path(folder, FILE), mark)
+        if self.kind != "lora":
+            weights = self.named() | self._alphas()
+            # Those of SDXL once had diffusers' names in files too.
+            current = self.sgm and any(map(files.is_sgm_key, saved.header(file)))
+            return learning.copy_from(file, {files.sgm_key(k): w for k, w in weights.items()} if current else weights)
         if not self._started():
-            more = self._alphas() if self.kind != "lora" else {}
-            return learning.copy_from(file, self.named() | more)
+            return learning.copy_from(file, self.named())
         stored = {key: torch.empty(weight.shape) for key, weight in self.named().items()}
         for _, _, (down, up) in self._started():
             stored[down], stored[up] = torch.cat([stored[down]] * 2, dim=0), torch.cat([stored[up]] * 2, dim=1)

@@ -82,7 +82,7 @@ def convert(args) -> None:
         return {key: weight.to(dtype) for key, weight in weights.items()}
 
     if args.format == "kohya":
-        files.save(narrowed(files.kohya(found)), target, header)
+        files.save(narrowed(files.kohya(found, files.has_sgm_names(found, header))), target, header)
     elif args.format == "diffusers":
         weights, config = files.diffusers(found)
         files.save(narrowed(weights), target, header | {files.METADATA: json.dumps(config, indent=2, sort_keys=True)})

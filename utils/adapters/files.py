@@ -42,7 +42,9 @@ COMPOUND = (
 WORDS = re.compile(rf"(?:{COMPOUND.replace(' ', '|')})(?=_|$)|[^_]+")
 # The names of Stability's own UNet code, in which kohya trains SDXL.
 SGM_RESNET = {
+    "in_layers_0": "norm1",
     "in_layers_2": "conv1",
+    "out_layers_0": "norm2",
     "out_layers_3": "conv2",
     "emb_layers_1": "time_emb_proj",
     "skip_connection": "conv_shortcut",
@@ -55,6 +57,13 @@ SGM_ALONE = {
     "label_emb_0_0": "add_embedding_linear_1",
     "label_emb_0_2": "add_embedding_linear_2",
 }
+OWN_RESNET, OWN_ALONE = ({own: sgm for sgm, own in names.items()} for names in (SGM_RESNET, SGM_ALONE))
+# Layers of the published SDXL. A UNet of another shape has no names in Stability's code.
+SDXL = re.compile(
+    r"down_blocks\.[0-2]\.resnets\.[01]\..+|down_blocks\.[12]\.attentions\.[01]\..+|down_blocks\.[01]\.downsamplers\..+"
+    r"|up_blocks\.[0-2]\.resnets\.[0-2]\..+|up_blocks\.[01]\.attentions\.[0-2]\..+|up_blocks\.[01]\.upsamplers\..+"
+    r"|mid_block\..+|conv_in|conv_out|(time|add)_embedding\..+"
+)
 
 
 # --- Reading -----------------------------------------------------------------------------------------------------
@@ -66,13 +75,16 @@ def read(file: str | Path) -> tuple[dict, dict]:
         header = stored.metadata() or {}
         weights = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - not a dict
     config = json.loads(header.get(METADATA) or "{}")
-    found, strange = {}, []
+    found, strange, names = {}, [], {}
     for key, weight in weights.items():
         network, layer, part = _parse(key)
         if part is None:
             strange.append(key)
-        else:
-            found.setdefault(network, {}).setdefault(layer, {})[part] = weight
+            continue
+        other = names.setdefault((network, layer, part), key)
+        if other != key:
+            errors.refuse(f"{file} holds one layer under two names, {other} and {key}: remove one of the two")
+        found.setdefault(network, {}).setdefault(layer, {})[part] = weight
     if strange:
         errors.refuse(f"{file} holds weights that are not understood: {', '.join(sorted(strange)[:3])}")
     kohya_like = any(map(KOHYA.fullmatch, weights))
@@ -117,6 +129,10 @@ def network_of(key: str) -> str:
 def _settle(file, parts: dict, layer: str, config: dict, named_by_kohya: bool) -> None:
     """alpha as a number, whether it stood beside the weights, in the header or nowhere; magnitudes as a vector."""
     rank = rank_of(parts)
+    if ("down" in parts) != ("up" in parts):
+        errors.refuse(f"{file}: {layer} has only one of the two matrices of its LoRA; the file is damaged")
+    if "magnitude" in parts and "up" not in parts:
+        errors.refuse(f"{file}: {layer} has a DoRA of another kind than LoRA (dora_scale), which is not supported")
     if "alpha" in parts:
         parts["alpha"] = float(parts["alpha"])
     elif rank and "lora_alpha" in config:
@@ -168,9 +184,8 @@ def from_sgm(name: str) -> str:
         return name
     side, number, rest = match[1], int(match[2]), match[3]
     if side == "middle_block":
-        return (
-            f"mid_block_attentions_0_{rest}" if number == 1 else f"mid_block_resnets_{number // 2}_{SGM_RESNET[rest]}"
-        )
+        place = "attentions_0" if number == 1 else f"resnets_{number // 2}"
+        return f"mid_block_{place}_{SGM_RESNET.get(rest, rest)}"
     number -= side == "input_blocks"
     place, layer = f"{'down' if side == 'input_blocks' else 'up'}_blocks_{number // 3}", number % 3
     _, rest = rest.split("_", 1)
@@ -181,11 +196,56 @@ def from_sgm(name: str) -> str:
     return f"{place}_attentions_{layer}_{rest}"
 
 
+def to_sgm(name: str) -> str:
+    """down_blocks_1_attentions_0_proj_in => input_blocks_4_1_proj_in: the inverse of `from_sgm`, for SDXL."""
+    match = re.fullmatch(r"(down|mid|up)_blocks?_(?:(\d)_)?([a-z]+)_(\d)_(.+)", name)
+    if not match:
+        return OWN_ALONE[name]
+    side, block, kind, layer, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
+    rest = OWN_RESNET.get(rest, rest) if kind == "resnets" else rest
+    if side == "mid":
+        return f"middle_block_{1 if kind == 'attentions' else 2 * layer}_{rest}"
+    if kind == "downsamplers":
+        return f"input_blocks_{3 * block + 3}_0_op"
+    if kind == "upsamplers":
+        return f"output_blocks_{3 * block + 2}_2_conv"
+    number = f"input_blocks_{3 * block + layer + 1}" if side == "down" else f"output_blocks_{3 * block + layer}"
+    return f"{number}_{int(kind == 'attentions')}_{rest}"
+
+
+def is_sgm_key(key: str) -> bool:
+    return key.startswith("lora_unet_") and own_key(key) != key
+
+
+def own_key(key: str) -> str:
+    """lora_unet_input_blocks_4_1_proj_in.alpha => lora_unet_down_blocks_1_attentions_0_proj_in.alpha"""
+    match = KOHYA.fullmatch(key)
+    return f"lora_unet_{from_sgm(match[2])}.{match[3]}" if match and match[1] == "lora_unet" else key
+
+
+def sgm_key(key: str) -> str:
+    match = KOHYA.fullmatch(key)
+    return f"lora_unet_{to_sgm(match[2])}.{match[3]}" if match[1] == "lora_unet" else key
+
+
+def has_sgm_names(found: dict, header: dict) -> bool:
+    """Whether kohya's programs name the UNet of these adapters as Stability's code does: SDXL as it is published."""
+    layers = found.get("unet", {})
+    version = header.get("ss_base_model_version") or header.get("modelspec.architecture")
+    wide = any(
+        ".transformer_blocks.1." in layer
+        or ("attn2.to_k" in layer and "down" in parts and parts["down"].shape[1] == 2048)
+        for layer, parts in layers.items()
+    )
+    sdxl = "xl" in version if version else wide or "text_encoder_2" in found
+    return sdxl and all(map(SDXL.fullmatch, layers))
+
+
 # --- Writing -----------------------------------------------------------------------------------------------------
 
 
-def kohya(found: dict) -> dict[str, torch.Tensor]:
-    """Weights as kohya, A1111, ComfyUI and LyCORIS name them.
+def kohya(found: dict, sgm: bool) -> dict[str, torch.Tensor]:
+    """Weights as kohya, A1111, ComfyUI and LyCORIS name them; `sgm`: SDXL's UNet as in Stability's code.
 
     One alpha for a network: the reader of diffusers mixes up several. The rest of a layer's strength goes into `up`.
     """
@@ -194,7 +254,7 @@ def kohya(found: dict) -> dict[str, torch.Tensor]:
         alphas = {parts["alpha"] for parts in layers.values()}
         common = max(alphas)
         for layer, parts in layers.items():
-            name = kohya_name(network, layer, two_encoders="text_encoder_2" in found)
+            name = kohya_name(network, layer, sgm or "text_encoder_2" in found, sgm)
             if "down" not in parts:
                 weights |= {f"{name}.{part}": weight for part, weight in parts.items() if part != "alpha"}
                 weights[f"{name}.alpha"] = torch.tensor(float(parts["alpha"]))
@@ -207,9 +267,10 @@ def kohya(found: dict) -> dict[str, torch.Tensor]:
     return weights
 
 
-def kohya_name(network: str, layer: str, two_encoders: bool = False) -> str:
+def kohya_name(network: str, layer: str, two_encoders: bool = False, sgm: bool = False) -> str:
     prefix = PREFIXES[network] if network != "text_encoder" or two_encoders else "lora_te"
-    return f"{prefix}_{with_text_model(network, layer).replace('.', '_')}"
+    name = with_text_model(network, layer).replace(".", "_")
+    return f"{prefix}_{to_sgm(name) if sgm and network == 'unet' else name}"
 
 
 def diffusers(found: dict) -> tuple[dict[str, torch.Tensor], dict]:

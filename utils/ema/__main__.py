@@ -86,6 +86,7 @@ def pipeline(args, settings: dict, snapshots: list, shares) -> None:
 
 def lora(args, settings: dict, snapshots: list, shares) -> None:
     """Files as the run saved them, result or checkpoint, with these averages in the place of their weights."""
+    from utils.adapters.files import own_key
     from utils.checkpoints import manifests
 
     places = [args.run, *(path for _, path in reversed(manifests.listed(args.run)))]
@@ -93,7 +94,7 @@ def lora(args, settings: dict, snapshots: list, shares) -> None:
     if not like:
         errors.refuse(f"{args.run} holds no {saved.LORA_FILE} yet that tells what its weights belong to")
     files = [like / name for name in (saved.LORA_FILE, saved.EMBEDDINGS_FILE) if (like / name).is_file()]
-    if strange := snapshots[0].shapes.keys() - {name for file in files for name in saved.header(file)}:
+    if strange := snapshots[0].shapes.keys() - {own_key(name) for file in files for name in saved.header(file)}:
         errors.refuse(f"{like} and {snapshots[0].file.parent} are of different adapters: {sorted(strange)[0]}")
     averages = dict(posthoc.blend(snapshots, shares))
     args.output_dir.mkdir(parents=True, exist_ok=True)
