@@ -194,46 +194,42 @@ def main(args):
 
     if first_step == 0 and validation_steps:
         validate(0)  # what the model drew before it learned anything
-    for step, batch in run.steps(loader, first_step, total_steps):
-        learns.settle(step, total_steps)  # text encoders may stop before the rest
-        draws = randomness.Draws(run.seed, batch["ids"], run.device)
-        with run.accumulate(learns):
-            latents = family.latents(batch, draws)  # pixels => (b, 4, h, w)
-            noisy = corruption(latents, draws)  # inputs, timesteps, target, weight
-            prediction = family.predict(noisy.inputs, noisy.timesteps, family.condition(batch, draws))
-            error = losses.error(prediction, noisy, batch.get("mask"), args.unmasked_weight)  # (b,)
-            loss, parts = losses.dreambooth(error, noisy.weight, batch["is_class"], args.prior_loss_weight)
-            # The facts are looked at only when the loss is no number, to name the example.
-            facts = {"timesteps": noisy.timesteps, "error": error.detach()}
-            run.backward(loss, learns, optimizer, schedule, max_norm=args.max_grad_norm, parts=parts, **facts)
+    with run.saving_first(saved):  # an error ends the run: what was learned is saved before
+        for step, batch in run.steps(loader, first_step, total_steps):
+            learns.settle(step, total_steps)  # text encoders may stop before the rest
+            draws = randomness.Draws(run.seed, batch["ids"], run.device)
+            with run.accumulate(learns):
+                latents = family.latents(batch, draws)  # pixels => (b, 4, h, w)
+                noisy = corruption(latents, draws)  # inputs, timesteps, target, weight
+                prediction = family.predict(noisy.inputs, noisy.timesteps, family.condition(batch, draws))
+                error = losses.error(prediction, noisy, batch.get("mask"), args.unmasked_weight)  # (b,)
+                loss, parts = losses.dreambooth(error, noisy.weight, batch["is_class"], args.prior_loss_weight)
+                # The facts are looked at only when the loss is no number, to name the example.
+                facts = {"timesteps": noisy.timesteps, "error": error.detach()}
+                run.backward(loss, learns, optimizer, schedule, max_norm=args.max_grad_norm, parts=parts, **facts)
 
-        run.log(step)
-        if run.due(step, 1):
-            average.update(step)
-        if run.due(step, average.snapshot_steps):  # before the checkpoint, after which a resumed run goes on
-            with run.phase("saving"):
-                average.snapshot(step)
-        if run.due(step, args.checkpointing_steps):
-            with run.phase("saving"):
-                saved.save(step)
-        if run.due(step, validation_steps) and step < total_steps:
-            validate(step)
+            run.log(step)
+            if run.due(step, 1):
+                average.update(step)
+            if run.due(step, average.snapshot_steps):  # before the checkpoint, after which a resumed run goes on
+                with run.phase("saving"):
+                    average.snapshot(step)
+            if run.due(step, args.checkpointing_steps):
+                with run.phase("saving"):
+                    saved.save(step)
+            if run.due(step, validation_steps) and step < total_steps:
+                validate(step)
 
-    if run.stopping:
-        saved.save(run.step)
-        page.write()
-        run.finish()
+        if run.stopping:
+            saved.save(run.step)
+            page.write()
+            run.finish()
 
-    # Leave behind: weights, sample images, a model card, the report.
-    try:
+        # Leave behind: weights, sample images, a model card, the report.
         average.snapshot(run.step)  # whether or not one was due
         with run.phase("saving"), average.swapped(), run.whole():
-            if run.is_main:
-                call(learns.save, run.output_dir)
+            run.save_result(learns, lambda folder: call(learns.save, folder))
             sampler.draw(run.step)
-    except BaseException:  # a full disk, a base model that has gone: what was learned must not go with it
-        saved.rescue(run.step)
-        raise
     if run.is_main:
         hub.card(
             run.output_dir,

@@ -207,52 +207,50 @@ def main(args):
 
     if first_step == 0 and validation_steps:
         validate(0)  # what the model drew before it learned anything
-    for step, batch in run.steps(loader, first_step, total_steps):
-        draws = randomness.Draws(run.seed, batch["ids"], run.device)
-        with run.accumulate(learns):
-            latents = family.latents(batch, draws)  # pixels => (b, 4, h, w)
-            noisy = corruption(latents, draws)  # inputs, timesteps, target, weight
-            condition = family.condition(batch, draws)
-            # The photos once more, in the same pass, and what is asked about them held against the bank.
-            prediction, queries_error = bank.predict(family, noisy, condition, batch)  # (b, ...), (photos,)
-            error = losses.error(prediction, noisy, batch.get("mask"), args.unmasked_weight)  # (b,)
-            loss, parts = losses.dreambooth(
-                error, noisy.weight, batch["is_class"], args.prior_loss_weight, instance_weight=args.use_inst_loss
-            )
-            parts["pdm"] = losses.part(queries_error)
-            loss = loss + args.pdm_loss_weight * parts["pdm"].mean
-            # The facts are looked at only when the loss is no number, to name the example.
-            facts = {"timesteps": noisy.timesteps, "error": error.detach()}
-            run.backward(loss, learns, optimizer, schedule, max_norm=args.max_grad_norm, parts=parts, **facts)
+    with run.saving_first(saved):  # an error ends the run: what was learned is saved before
+        for step, batch in run.steps(loader, first_step, total_steps):
+            draws = randomness.Draws(run.seed, batch["ids"], run.device)
+            with run.accumulate(learns):
+                latents = family.latents(batch, draws)  # pixels => (b, 4, h, w)
+                noisy = corruption(latents, draws)  # inputs, timesteps, target, weight
+                condition = family.condition(batch, draws)
+                # The photos once more, in the same pass, and what is asked about them held against the bank.
+                prediction, queries_error = bank.predict(family, noisy, condition, batch)  # (b, ...), (photos,)
+                error = losses.error(prediction, noisy, batch.get("mask"), args.unmasked_weight)  # (b,)
+                loss, parts = losses.dreambooth(
+                    error, noisy.weight, batch["is_class"], args.prior_loss_weight, instance_weight=args.use_inst_loss
+                )
+                parts["pdm"] = losses.part(queries_error)
+                loss = loss + args.pdm_loss_weight * parts["pdm"].mean
+                # The facts are looked at only when the loss is no number, to name the example.
+                facts = {"timesteps": noisy.timesteps, "error": error.detach()}
+                run.backward(loss, learns, optimizer, schedule, max_norm=args.max_grad_norm, parts=parts, **facts)
 
-        run.log(step)
-        if run.due(step, 1):
-            average.update(step)
-        if run.due(step, average.snapshot_steps):  # before the checkpoint, after which a resumed run goes on
-            with run.phase("saving"):
-                average.snapshot(step)
-        if run.due(step, args.checkpointing_steps):
-            with run.phase("saving"):
-                saved.save(step)
-        if run.due(step, validation_steps) and step < total_steps:
-            validate(step)
+            run.log(step)
+            if run.due(step, 1):
+                average.update(step)
+            if run.due(step, average.snapshot_steps):  # before the checkpoint, after which a resumed run goes on
+                with run.phase("saving"):
+                    average.snapshot(step)
+            if run.due(step, args.checkpointing_steps):
+                with run.phase("saving"):
+                    saved.save(step)
+            if run.due(step, validation_steps) and step < total_steps:
+                validate(step)
 
-    if run.stopping:
-        saved.save(run.step)
-        page.write()
-        run.finish()
+        if run.stopping:
+            saved.save(run.step)
+            page.write()
+            run.finish()
 
-    # Leave behind: weights, sample images, a model card, the report.
-    try:
+        # Leave behind: weights, sample images, a model card, the report.
         average.snapshot(run.step)  # whether or not one was due
         with run.phase("saving"), average.swapped(), run.whole():
-            if run.is_main:
-                family.save_pipeline(run.output_dir, skip_text_encoder=args.skip_save_text_encoder)
+            run.save_result(
+                learns, lambda folder: family.save_pipeline(folder, skip_text_encoder=args.skip_save_text_encoder)
+            )
             sampler.draw(run.step)
             tests.draw(run.step)
-    except BaseException:  # a full disk, a base model that has gone: what was learned must not go with it
-        saved.rescue(run.step)
-        raise
     if run.is_main:
         hub.card(
             run.output_dir,

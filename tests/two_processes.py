@@ -23,7 +23,7 @@ def main(jobs: Path) -> None:
     # A script's end would be this process's. Its run is kept: a group that is taken down while its thread lets go of a
     # tensor waits for it for ever, holding the lock that the thread needs (gloo, torch 2.13).
     kept = []
-    startup.leave = lambda code: kept.append(sys._getframe(1).f_locals["self"])
+    startup.leave = lambda code: kept.append(sys._getframe(1).f_locals.copy())
     rank, told, rows = int(os.environ["RANK"]), [], []
     real_normal, real_error = randomness.Draws.normal, losses.error
 

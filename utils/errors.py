@@ -1,5 +1,6 @@
 """How a run says no: one sentence a problem, on stderr, and an exit code that a scheduler can act on."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -40,3 +41,48 @@ def warn(message: str, everywhere: bool = False) -> None:
 
 def _first_here() -> bool:
     return os.environ.get("LOCAL_RANK", "0") in ("0", "-1")
+
+
+class Lasting:
+    """A text stream whose reader may disappear (a closed terminal, `| head`, a full disk): what cannot be written is
+    dropped, because no message is worth a training run. `lost` holds the reason."""
+
+    def __init__(self, stream):
+        self.stream, self.lost = stream, None
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except (OSError, ValueError) as problem:  # ValueError: the stream was closed
+            return self._drop(problem) or len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except (OSError, ValueError) as problem:
+            self._drop(problem)
+
+    def _drop(self, problem: Exception) -> None:
+        self.lost = self.lost or f"{type(problem).__name__}: {problem}"
+        # What the stream still holds, and what libraries write past it, must not fail when the process ends.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            handle = self.stream.fileno()
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, handle)
+            os.close(nowhere)
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def outlast_readers() -> None:
+    """From here on output that cannot be written is dropped, in this process."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, Lasting):
+            setattr(sys, name, Lasting(stream))
+
+
+def lost_output() -> str | None:
+    """Why output could not be written; None if all of it was."""
+    return next((stream.lost for stream in (sys.stdout, sys.stderr) if getattr(stream, "lost", None)), None)

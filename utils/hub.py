@@ -163,6 +163,8 @@ def selected(output_dir: Path, token: str | None = None) -> dict[str, Path | byt
         for name in sorted(names)
         if name.is_file() and not name.is_symlink() and not name.parent.is_symlink()
     }
+    if saved.interrupted(output_dir):
+        raise ValueError(f"{output_dir}: {saved.INTERRUPTED}")
     if not any(name.endswith(".safetensors") for name in files):
         raise ValueError(f"{output_dir} holds no weights")
     for name, clean in (("README.md", _public_card), ("training_config.yaml", _public_settings)):

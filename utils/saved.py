@@ -17,6 +17,8 @@ from utils import errors, models, strict
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EMBEDDINGS_FILE = "learned_embeddings.safetensors"
+STAGED = ".tmp-result-"  # while a result is replaced, the new one is in a folder of this name
+READY = "ready.json"  # in it: names the files of the result; written when all of them are complete
 EMBEDDINGS_KEYS = ("clip_l", "clip_g")  # in it, the rows of the first text encoder and of the second
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 CHANGED = ("prediction_type", "rescale_betas_zero_snr", "clip_skip")  # options of a run that are of its model
@@ -24,6 +26,12 @@ MODULES = ("unet", "text_encoder", "text_encoder_2")  # what a full checkpoint c
 UMASK = os.umask(0o077)  # it can only be read by being set
 os.umask(UMASK)
 AVERAGED = "_ema"  # in a checkpoint, behind the names of files and networks that hold the averages of the others
+
+
+INTERRUPTED = (
+    "its result was being replaced when the run ended; the training command with --resume_from_checkpoint latest "
+    "completes it"
+)
 
 
 @dataclass
@@ -84,7 +92,9 @@ def lora_file(name: str, wrong: list) -> Path | None:
         found = [path / LORA_FILE]
     else:
         found = sorted(file for file in path.glob("*.safetensors") if looks_like_lora(file))
-    if len(found) > 1:
+    if interrupted(path):
+        wrong.append(f"--lora {name}: {INTERRUPTED}")
+    elif len(found) > 1:
         wrong.append(f"--lora {name} holds {len(found)} LoRA files; name one: {', '.join(file.name for file in found)}")
     elif not found and (path / "model_index.json").is_file():
         wrong.append(f"--lora {name} is a whole pipeline; give it as --pretrained_model_name_or_path")
@@ -224,6 +234,9 @@ def base(given: str | None, loras: list, full_checkpoint: str | None, wrong: lis
     files = ([Path(full_checkpoint).expanduser()] if full_checkpoint else []) + [lora.file for lora in loras]
     if given:
         path = Path(given).expanduser()
+        if interrupted(path):
+            wrong.append(f"--pretrained_model_name_or_path {given}: {INTERRUPTED}")
+            return None
         if path.is_dir() and not is_pipeline(given):
             option = "--lora" if (path / LORA_FILE).is_file() else "--checkpoint" if (path / "unet").is_dir() else None
             remedy = f"; what it holds belongs to {option}" if option else ""
@@ -277,6 +290,11 @@ def recorded_base(path: Path) -> Base | None:
     here = (record for record in records if is_pipeline(record.name))
     on_the_hub = (record for record in records if HUB_NAME.fullmatch(record.name))
     return next(here, None) or next(on_the_hub, None) or next(iter(records), None)
+
+
+def interrupted(folder: Path) -> bool:
+    """A kill came while the result was being replaced: what the folder holds may be of two runs."""
+    return any((staged / READY).is_file() for staged in folder.glob(f"{STAGED}*"))
 
 
 def is_pipeline(name: str) -> bool:

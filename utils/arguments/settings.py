@@ -16,7 +16,7 @@ from pathlib import Path
 
 from utils import strict
 from utils.arguments import relations
-from utils.errors import refuse, warn
+from utils.errors import outlast_readers, refuse, warn
 
 # About one start of the script, not about the run that it makes; and a name by which a secret is found.
 OCCASIONAL = ("config", "dry_run", "overwrite_output_dir", "resume_from_checkpoint", "allow_resume_mismatch")
@@ -108,6 +108,7 @@ class Settings(argparse.Namespace):
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """Defaults < --config < command line, each checked and all compared; refuses once, naming everything."""
+    outlast_readers()
     words = list(sys.argv[1:] if argv is None else argv)
     complaints: list[str] = []
     actions = {action.dest: action for action in parser._actions if isinstance(action.type, Kind)}

@@ -86,20 +86,31 @@ class Checkpoints:
             errors.warn(f"{target}: not saved ({problem}); older checkpoints are untouched, training goes on.")
         return None
 
-    def rescue(self, step: int) -> None:
-        """After a failure, from inside an except: the main process writes alone, for the others may be gone."""
+    def rescue(self, step: int, alone: bool = False) -> Path | None:
+        """After a failure: the main process writes alone, for the others may be gone; or the caller does, who knows
+        that the main one is. None if nothing was written."""
         target = self.folder / f"checkpoint-{step}"
-        if not _is_main() or self.saved_step == step:
-            return
+        if self.saved_step == step or not (alone or _is_main()):
+            return None
         if _several() and any(_is_sharded(entry) for entry in self.state.values()):
-            errors.warn(f"{target}: not saved, for each process holds a part only; older checkpoints are untouched.")
-            return
+            errors.warn(
+                f"{target}: not saved, for each process holds a part only; older checkpoints are untouched.",
+                everywhere=True,
+            )
+            return None
         try:
+            average = self.state.get("ema")
+            if average is not None and average.updated != step:
+                if average.updated is None:
+                    raise RuntimeError("the error came while weights were being averaged")
+                average.update(step)
             self._write(step, target, {name: _state_of(entry) for name, entry in self.state.items()})
-        except (OSError, SafetensorError) as problem:
-            errors.warn(f"{target}: not saved either ({problem}); older checkpoints are untouched.")
-        else:
-            errors.warn(f"the result could not be written, but {target} holds what was learned; resume from it.")
+        except (OSError, SafetensorError, RuntimeError) as problem:
+            errors.warn(f"{target}: not saved either ({problem}); older checkpoints are untouched.", everywhere=True)
+            return None
+        self.saved_step = step
+        errors.warn(f"the run ends early; {target} holds what was learned: resume from it.", everywhere=True)
+        return target
 
     def _write(self, step: int, target: Path, read: dict) -> None:
         staged = self.folder / f"{STAGED}{step}-{uuid.uuid4().hex[:8]}"

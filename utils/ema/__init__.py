@@ -35,6 +35,7 @@ class Average:
         self.learns, self.mark, self.names, self.weights = learns, mark, list(named), list(named.values())
         self.decay, self.power, self.gamma = decay, power, gamma
         self.interval, self._swapped = interval, False
+        self.updated = 0  # the last step that is in them; None while one is being added
         self.averages = [w.detach().to("cpu" if offload else w.device, copy=True) for w in self.weights]
 
     def decay_at(self, step: int) -> float:
@@ -48,10 +49,12 @@ class Average:
     def update(self, step: int) -> None:
         """After optimizer step `step`, counted from 1: a function of the number, so a resumed run needs no counter."""
         self._refuse_when_swapped("update")
-        if step % self.interval:
-            return
-        weights = [w.detach().to(a.device) for w, a in zip(self.weights, self.averages)]  # copies only when offloaded
-        torch._foreach_lerp_(self.averages, weights, 1.0 - self.decay_at(step))  # one call for all weights
+        self.updated = None
+        if step % self.interval == 0:
+            # Copies only when offloaded; one call for all weights.
+            weights = [w.detach().to(a.device) for w, a in zip(self.weights, self.averages)]
+            torch._foreach_lerp_(self.averages, weights, 1.0 - self.decay_at(step))
+        self.updated = step
 
     @contextmanager
     def swapped(self):

@@ -118,6 +118,11 @@ class PowerAverages:
         for average in self.averages.values():
             average.update(step)
 
+    @property
+    def updated(self) -> int | None:
+        steps = {average.updated for average in self.averages.values()}
+        return steps.pop() if len(steps) == 1 else None
+
     def _forget(self, step: int) -> None:
         """Snapshots of this step and later are of a course that was left: by a kill after the last checkpoint, or by
         going on from an earlier one. This course makes its own."""

@@ -7,16 +7,18 @@ A script's loop stays visible; what would repeat in every loop is here. `run.ste
 import atexit
 import contextlib
 import math
+import os
+import threading
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
-from utils import errors, randomness, weightwise
+from utils import errors, randomness, results, weightwise
 from utils.report import curves
-from utils.runtime import engines, guard, memory, progress, signals, stand_ins, startup, trackers
+from utils.runtime import engines, failures, guard, memory, progress, signals, stand_ins, startup, trackers
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -48,6 +50,7 @@ def start(
 ) -> "Run":
     global _current
     close_last()
+    errors.outlast_readers()
     startup.quiet()
     stop = signals.Stop(max_minutes)
     accelerator = startup.accelerator(mixed_precision, accumulate, report_to, Path(output_dir), logging_dir, compile)
@@ -82,6 +85,9 @@ class Run:
         self.dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)  # of weights that do not learn
         self.seed, self.resuming, self.config = None, None, {}
         self.step = 0  # optimizer steps that are completed
+        self.first_step = 0  # those of earlier sessions
+        self.updating = threading.Lock()  # held while the weights are of no step
+        self.progress = 0  # grows with whatever this process does
         self.total = None  # None until training begins
         self.clock, self.metrics = progress.Clock(), progress.Metrics(output_dir)
         self.session = {"began": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -108,6 +114,8 @@ class Run:
                 if owner := self.lock.take():
                     found["problem"] = f"{owner} is training in it. Choose another folder, or wait for its end."
                 else:
+                    if results.complete(self.output_dir):
+                        self.say(f"{self.output_dir}: completed the result that an earlier run was replacing")
                     found["seed"] = startup.settle_seed(seed, self.output_dir, self.resuming)
             except OSError as problem:
                 found["problem"] = f"cannot be written: {problem.strerror}."
@@ -145,7 +153,8 @@ class Run:
             raise SystemExit(code)
         return code
 
-    def close(self) -> None:
+    def close(self, broken: bool = False) -> None:
+        """broken: another process is gone, and what is taken down together would wait for it."""
         global _current
         if _current is self:
             _current = None
@@ -155,12 +164,15 @@ class Run:
         if self.lock is None:
             return
         if self.is_main:
+            if lost := errors.lost_output():
+                self.session["lost_output"] = lost
             with contextlib.suppress(OSError):  # a full disk
                 self.write_timings()
         self.metrics.close()
         self.trackers.close()
-        self.engine.close()
-        self.accelerator.state.destroy_process_group()
+        if not broken:
+            self.engine.close()
+            self.accelerator.state.destroy_process_group()
         self.stop.restore()
         self.lock.release()
         self.lock = None
@@ -181,6 +193,51 @@ class Run:
     def barrier(self) -> None:
         if self.world > 1:
             torch.distributed.barrier()
+
+    # Failing
+
+    def saving_first(self, saved):
+        """Around the loop and the final save: an error inside ends the run, and what it has learned is saved before."""
+        return failures.saving_first(self, saved)
+
+    @property
+    def learned(self) -> bool:
+        """Something would be lost."""
+        return self.step > self.first_step
+
+    def save_result(self, learns, save: Callable[[Path], None]) -> None:
+        """`save(folder)` writes what was learned; it replaces an earlier result as a whole, if its weights are
+        numbers."""
+        if not self.is_main:
+            return
+        for name, weight in learns.named().items():
+            if not torch.isfinite(weight).all():
+                errors.refuse(
+                    f"--output_dir {self.output_dir}: {name} holds NaN or inf after step {self.step}, so this is not "
+                    "saved as the result; an earlier result is untouched. Resume from an older checkpoint with a lower "
+                    "--learning_rate.",
+                    errors.DIVERGED,
+                )
+        with results.replacing(self.output_dir) as folder:
+            save(folder)
+
+    def keep_folder(self) -> None:
+        """The output folder may be renamed or removed while the run goes on: then it is made anew, with what this
+        process still knows."""
+        if not self.is_main or self.lock is None or self.lock.holds():
+            return
+        self.lock.release()
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        if owner := self.lock.take():
+            taken, self.output_dir = self.output_dir, self.output_dir.with_name(f"{self.output_dir.name}-{os.getpid()}")
+            errors.refuse(f"--output_dir {taken}: was renamed or removed, and {owner} is training in it", errors.FAILED)
+        if not (self.output_dir / startup.SETTINGS).is_file():
+            errors.warn(
+                f"{self.output_dir} was renamed or removed during the run. It is created again with the settings and "
+                "metrics of this run; checkpoints and images from before are missing from it."
+            )
+            startup.write_settings(self.output_dir, self.config)
+            self.metrics.reopen()
 
     # Stopping
 
@@ -206,8 +263,11 @@ class Run:
         """A long piece of work outside the steps. Before training, a stop that came in it ends the run after it."""
         if self._line:
             self._line.clear()
+        self.progress += 1
+        self.keep_folder()
         with self.clock.phase(name):
             yield
+        self.progress += 1
         if self.total is None and self.interrupted:
             self.say(f"stopped during {name}")
             self.finish()
@@ -259,6 +319,7 @@ class Run:
                     batch = {name: v if name == "ids" else self._to_device(v) for name, v in batch.items()}
                     self._examples.append({name: batch.get(name) for name in ("ids", "keys")})
                     randomness.seed_step(self.seed, step - 1, micro, self.rank)
+                    self.progress += 1
                     yield step, batch
                 if self.step != step and not self.stopping:
                     raise RuntimeError("run.backward was not called for every batch")
@@ -266,7 +327,7 @@ class Run:
         self.stop.reason = self.stop.reason or "SIGINT"
 
     def _begin(self, first_step: int, total: int) -> None:
-        self.step, self.total = first_step, total
+        self.step, self.first_step, self.total = first_step, first_step, total
         self.engine.begin()
         self.accelerator.step = 0  # a loop that was broken off in a notebook may have left it in mid-step
         self.session["first_step"] = first_step
@@ -310,6 +371,7 @@ class Run:
         """
         parts = parts or {}
         if self._fused:  # each weight is stepped as soon as its gradient is there
+            self.updating.acquire()
             self._fused.begin(self.step + 1, loss, self.stand_ins.fatal)
         self.engine.backward(loss)  # divides by the accumulation steps
         told = [loss.detach() / self.accumulation, *(value for part in parts.values() for value in part)]
@@ -328,6 +390,8 @@ class Run:
         loss, sums, size, self._agreed, stood_in, unusable = self._agree(self._losses, norm)
         if unusable:  # what this step saw is not what was asked for: it is left out, and the run ends before it
             self._agreed = errors.DATA
+            if self._fused:
+                self.updating.release()
             return
         rates = _rates(optimizer.param_groups)
 
@@ -335,6 +399,8 @@ class Run:
         spike = self.guard.spike(self.step + 1, loss)
         if stepped and max_norm and size > max_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        if not self._fused:
+            self.updating.acquire()
         if stepped:
             self.engine.step(optimizer)
         else:
@@ -366,6 +432,8 @@ class Run:
     ) -> None:
         seconds = self.clock.step()
         self.step += 1
+        self.progress += 1
+        self.updating.release()
         self.told = {"loss": loss, **parts, "grad_norm": norm, **rates, "seconds": round(seconds, 5)}
         if not stepped:
             self.told["skipped"] = 1

@@ -36,11 +36,22 @@ class Metrics:
                         lines.append(line + "\n")
                 except (ValueError, KeyError, TypeError):
                     continue  # the line that a kill cut off
-        startup.write_whole(self.path, "".join(lines))
-        self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed in close()
+        self._begin("".join(lines))
         early, self.early = self.early, []
         for step, values in early:
             self.write(step, values)
+
+    def _begin(self, text: str) -> None:
+        startup.write_whole(self.path, text)
+        self.file = open(self.path, "a+", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed in close()
+
+    def reopen(self) -> None:
+        """In a folder that was made anew: the file that is still open knows every line."""
+        if self.file:
+            self.file.seek(0)
+            text = self.file.read()
+            self.close()
+            self._begin(text)
 
     def write(self, step: int, values: dict) -> None:
         if not self.file:

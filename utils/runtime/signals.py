@@ -25,6 +25,7 @@ LAUNCHERS = {  # what stands in a process list, and the words that start the sam
     "torch.distributed.run": ["torchrun"],
 }
 TRACES = {"accelerate": "ACCELERATE_MIXED_PRECISION", "torchrun": "TORCHELASTIC_RUN_ID"}  # left in the environment
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 CODES = {"SIGINT": errors.INTERRUPTED, "SIGTERM": errors.TERMINATED, "SIGHUP": errors.TERMINATED}
 
 
@@ -41,7 +42,7 @@ class Stop:
         """Only the main thread may install handlers; elsewhere (a notebook's worker thread) the clock still works."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
+        for name in NAMES:
             number = getattr(signal, name, None)
             if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
                 continue  # Windows has two of them; nohup means what it says

@@ -50,6 +50,8 @@ def quiet() -> None:
 def _tell_without_secrets(kind, problem, trace) -> None:
     """A traceback goes into logs and bug reports, and an error of a client may quote what it sent."""
     sys.stderr.write(without_secrets("".join(traceback.format_exception(kind, problem, trace))))
+    for note in getattr(problem, "last_words", ()):
+        errors.warn(note, everywhere=True)
 
 
 def accelerator(mixed_precision, accumulate, report_to, output_dir, logging_dir, compile):
@@ -203,6 +205,15 @@ class FolderLock:
             os.close(handle)
             raise OSError(errno.EINVAL, f"{LOCK} in it is not the lock of a run; move the file away")
         return handle
+
+    def holds(self) -> bool:
+        """The folder at this path is still the one that was taken."""
+        if self.handle is None:  # what cannot be locked cannot be told apart
+            return self.path.parent.is_dir()
+        try:
+            return os.path.samestat(os.fstat(self.handle), os.stat(self.path))
+        except OSError:
+            return False
 
     def release(self) -> None:
         """The file stays: to delete it would let a third run lock a new file while a second holds the old one."""
