@@ -1,5 +1,6 @@
 """The toybox: its drawings, and that its committed model and judge are worth building on."""
 
+import json
 import statistics
 from pathlib import Path
 
@@ -189,3 +190,40 @@ def test_everything_is_small_and_safe():
     assert sum(file.stat().st_size for file in files) <= MAX_BYTES
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
     assert len([file for file in files if file.suffix == ".safetensors"]) >= 4
+
+
+def test_every_weight_has_the_name_that_transformers_4_looks_for(judge):
+    """Names of transformers 4.38 to 4.57. They start a weight of another name at random, with no more than a warning.
+    A weight that is tied to another is stored once. Networks of diffusers are compared with their own classes."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from utils import saved
+
+    classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    names = json.loads((Path(__file__).parent / "names" / "transformers_4.json").read_text(encoding="utf-8"))
+    names["judge"] = list(judge.network.state_dict())
+    for file in TOYBOX.rglob("*.safetensors"):
+        folder = file.parent.relative_to(TOYBOX).as_posix()
+        if own := classes.get(file.parent.name):
+            names[folder] = list(own.from_config(own.load_config(file.parent)).state_dict())
+        assert saved.header(file).keys() - {"__metadata__"} == set(names.pop(folder)), folder
+    assert not names, "a model is missing"
+
+
+@pytest.mark.parametrize("projection", [None, 24])
+def test_saved_text_encoders_have_these_names_too(tmp_path, projection):
+    """Where the toybox is made, and where a training script saves; the second encoder of SDXL has a projection, whose
+    name has no prefix."""
+    import tiny
+    from toybox.train_sd import save_text_encoder
+
+    from utils import learning, saved
+
+    encoder = tiny.text_encoder(projection=projection)
+    part = "text_encoder_2" if projection else "text_encoder"
+    save_text_encoder(encoder, tmp_path / "toybox")
+    learning.Full({part: encoder.float()}).save(tmp_path)
+    names = json.loads((Path(__file__).parent / "names" / "transformers_4.json").read_text(encoding="utf-8"))
+    want = {name for name in names[f"sdxl/{part}"] if ".layers.2." not in name}  # the tiny one has two layers
+    for folder in ("toybox", part):
+        assert saved.header(tmp_path / folder / "model.safetensors").keys() - {"__metadata__"} == want

@@ -19,6 +19,7 @@ from toybox.draw import NAMED, UNSEEN_WORDS
 from toybox.latents import cached_latents
 from toybox.make_tokenizer import save_tokenizer
 from toybox.training import BUILD, Run, average_into, cosine
+from utils.models import clip
 
 WIDTH = 96  # of the text encoder
 
@@ -103,8 +104,8 @@ def save_text_encoder(text_encoder: CLIPTextModel, folder: Path) -> None:
     (5 reads both), and "float32" in the configuration, which is what all loaders then turn the weights into."""
     text_encoder.float().save_pretrained(folder)  # writes the configuration
     file = folder / "model.safetensors"
-    weights = {f"text_model.{key.removeprefix('text_model.')}": value.half() for key, value in load_file(file).items()}
-    save_file(weights, file, metadata={"format": "pt"})
+    clip.with_prefix(file)
+    save_file({key: value.half() for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
 
 
 def save_pipeline(unet, text_encoder, tokenizer, vae_folder: Path, output: Path) -> None:
