@@ -103,6 +103,28 @@ def test_peft_reads_its_folders(sd1, dora, tmp_path):
     assert abs(drawn(pipeline) - ours).max() < 1e-3
 
 
+def test_peft_folders_fit_text_encoders_of_transformers_4_too(sd1, tmp_path):
+    """There CLIPTextModel keeps its layers in `text_model`, which transformers 5 left out."""
+    from peft import PeftModel
+
+    family = loaded(sd1)
+    trained(family, rank=2, alpha=3, text_encoder=True).save(tmp_path / "dog")
+    run("export", tmp_path / "dog", tmp_path / "peft", "--format", "peft")
+    merged = []
+    for level in (False, True):
+        encoder = stock(sd1).text_encoder
+        assert not hasattr(encoder, "text_model"), "transformers has this level again"
+        if level:
+            wrapped = torch.nn.Module()
+            wrapped.text_model = encoder
+        model = PeftModel.from_pretrained(wrapped if level else encoder, tmp_path / "peft" / "text_encoder")
+        model = model.merge_and_unload()
+        merged.append((model.text_model if level else model).state_dict())
+    base = stock(sd1).text_encoder.state_dict()
+    assert max(abs(merged[0][name] - base[name]).max() for name in base) > 0.01
+    assert all(torch.equal(merged[1][name], merged[0][name]) for name in base)
+
+
 def test_what_cannot_be_is_refused(sd1, sd2, sdxl, tmp_path, capsys):
     trained(loaded(sd1), rank=2, text_encoder=True).save(tmp_path / "dog")
     trained(loaded(sd1), adapter="loha", rank=2).save(tmp_path / "loha")

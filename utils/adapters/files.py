@@ -294,18 +294,17 @@ def peft(found: dict) -> dict[str, tuple[dict, dict]]:
     folders = {}
     for network, layers in found.items():
         need_lora(layers)
-        # PEFT matches names exactly, so here the names are those of transformers 5.
-        named = {
-            layer.removeprefix("text_model.") if network == "text_encoder" else layer: parts
-            for layer, parts in layers.items()
-        }
         weights = {}
-        for layer, parts in named.items():
-            weights[f"base_model.model.{layer}.lora_A.weight"] = parts["down"]
-            weights[f"base_model.model.{layer}.lora_B.weight"] = parts["up"]
-            if "magnitude" in parts:
-                weights[f"base_model.model.{layer}.lora_magnitude_vector"] = peft_magnitude(parts)
-        folders[network] = weights, {"peft_type": "LORA", "bias": "none", **peft_config(named)}
+        for layer, parts in layers.items():
+            # PEFT finds layers by the ends of their names, but weights by their whole names. CLIPTextModel lost its level
+            # text_model in transformers 5, so its weights have both names: PEFT takes the one there is, with either.
+            short = layer.removeprefix("text_model.") if network == "text_encoder" else layer
+            for name in dict.fromkeys((layer, short)):
+                weights[f"base_model.model.{name}.lora_A.weight"] = parts["down"].clone()
+                weights[f"base_model.model.{name}.lora_B.weight"] = parts["up"].clone()
+                if "magnitude" in parts:
+                    weights[f"base_model.model.{name}.lora_magnitude_vector"] = peft_magnitude(parts).clone()
+        folders[network] = weights, {"peft_type": "LORA", "bias": "none", **peft_config(layers)}
     return folders
 
 
