@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -249,3 +250,75 @@ def test_embeddings_of_two_runs_keep_apart_and_strangers_are_refused(tmp_path, s
         with pytest.raises(SystemExit):
             infer(tmp_path / "out", *base, *(word for each in given for word in ("--embeddings", each)))
         assert words in capsys.readouterr().err
+
+
+# --- Files for other programs ------------------------------------------------------------------------------------
+
+
+def test_names_of_word_files_are_safe_and_differ():
+    words = ["TOK", "tok", "<my:dog>", "<my/dog>", "../..", "...", "learned_embeddings", "Hündin", "w" * 300]
+    names = saved.word_files(words)
+    assert list(names.values())[:6] == [
+        "TOK.safetensors",
+        "tok-1.safetensors",
+        "my-dog.safetensors",
+        "my-dog-1.safetensors",
+        "word.safetensors",
+        "word-1.safetensors",
+    ]
+    assert names["learned_embeddings"] == "learned_embeddings-1.safetensors"
+    assert names["Hündin"] == "Hündin.safetensors" and len(names["w" * 300]) < 100
+
+
+@pytest.mark.parametrize("model", ["sd1", "sdxl"])
+def test_each_word_has_a_file_as_comfyui_and_a1111_read_it(model, request, tmp_path, capsys):
+    """ComfyUI takes the rows called clip_l or clip_g, else the first tensor; A1111 takes a file with both, or with a
+    single tensor; each takes all rows for one word, which is the name of the file."""
+    folder = request.getfixturevalue(model)
+    family = models.family_of(str(folder))
+    family.load("cpu", torch.float32)
+    words = ["TOK", "<a:b>"]
+    learns = adapters.attach(family, train_text_encoder_ti=True, token_abstraction=words, rank=2)
+    learns.save(tmp_path / "checkpoint-1")
+    assert sorted(path.name for path in (tmp_path / "checkpoint-1").iterdir()) == [FILE, saved.LORA_FILE]
+    out = tmp_path / "run"
+    learns.save(out, token_abstraction=words)
+    rows = learned(out)
+    for name, part in (("TOK", slice(0, 2)), ("a-b", slice(2, 4))):
+        own = load_file(out / f"{name}.safetensors")
+        want = {key: each[part] for key, each in rows.items()}
+        want = want if model == "sdxl" else {"emb_params": want["clip_l"]}
+        assert equal(own, want) and all(each.dim() == 2 for each in own.values())
+    assert saved.word_of(out / "a-b.safetensors") == "<a:b>" and saved.word_of(out / FILE) is None
+    sent = hub.selected(out)
+    assert {"TOK.safetensors", "a-b.safetensors", FILE} <= sent.keys()
+    # infer.py and the export know them too.
+    found = saved.embeddings([], [str(out / "a-b.safetensors")], [])
+    assert found[0].words == {"<a:b>": "<s2><s3>"}
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    assembling.add_embeddings(pipeline, found, str(folder))
+    (number,) = pipeline.tokenizer("<s3>", add_special_tokens=False).input_ids
+    assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[number], rows["clip_l"][3])
+    from utils.adapters import __main__ as command
+
+    assert command.main(["export", str(out), str(tmp_path / "other" / "dog.safetensors")]) == 0
+    assert "the embedding of <a:b>" in capsys.readouterr().out
+    assert equal(load_file(tmp_path / "other" / "a-b.safetensors"), load_file(out / "a-b.safetensors"))
+    (tmp_path / "other" / "dog.safetensors").unlink()
+    with pytest.raises(SystemExit):
+        command.main(["export", str(out), str(tmp_path / "other" / "dog.safetensors")])
+    assert "TOK.safetensors exists" in capsys.readouterr().err
+
+
+def test_word_files_of_a_run_are_replaced_and_those_of_others_kept(train, tmp_path, capsys):
+    options = f"--train_text_encoder_ti --max_train_steps 1 {FAST}"
+    folder = train(options)
+    assert (folder / "TOK.safetensors").is_file()
+    train(f"{options} --token_abstraction sks --overwrite_output_dir", prompt="a photo of sks dog")
+    assert (folder / "sks.safetensors").is_file() and not (folder / "TOK.safetensors").exists()
+    mine = tmp_path / "new" / "TOK.safetensors"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    with pytest.raises(SystemExit):
+        train(options, name="new")
+    assert "would be written over" in capsys.readouterr().err and mine.read_bytes() == b"mine"

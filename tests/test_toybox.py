@@ -215,8 +215,8 @@ def test_saved_text_encoders_have_these_names_too(tmp_path, projection):
     """Where the toybox is made, and where a training script saves; the second encoder of SDXL has a projection, whose
     name has no prefix."""
     import tiny
-    from toybox.train_sd import save_text_encoder
 
+    from toybox.train_sd import save_text_encoder
     from utils import learning, saved
 
     encoder = tiny.text_encoder(projection=projection)

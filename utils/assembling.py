@@ -48,6 +48,8 @@ def add_embeddings(drawing, embeddings: Sequence[saved.Embeddings], base_name: s
     """As diffusers adds them: new words of the tokenizers, new rows of the text encoders."""
     for one in embeddings:
         found = load_file(saved.averaged(one.file))
+        if saved.ONE_ENCODER in found:  # a file of one word
+            found = {saved.EMBEDDINGS_KEYS[0]: found[saved.ONE_ENCODER]}
         for key, end in zip(saved.EMBEDDINGS_KEYS, ("", "_2")):
             if key not in found:
                 continue

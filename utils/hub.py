@@ -154,6 +154,7 @@ def publish(
 def selected(output_dir: Path, token: str | None = None) -> dict[str, Path | bytes]:
     """What goes to the hub, path there -> file or bytes: weights, card, settings, the newest samples. Nothing else."""
     names = [*(file for files in LORA_FILES for file in output_dir.glob(files)), output_dir / "model_index.json"]
+    names += filter(saved.word_of, output_dir.glob("*.safetensors"))
     for part in PARTS:
         names += [file for file in (output_dir / part).glob("*") if any(fnmatchcase(file.name, p) for p in PART_FILES)]
     names += [output_dir / url for url, _ in _samples(output_dir)]

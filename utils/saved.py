@@ -10,6 +10,7 @@ import math
 import os
 import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ EMBEDDINGS_FILE = "learned_embeddings.safetensors"
 STAGED = ".tmp-result-"  # while a result is replaced, the new one is in a folder of this name
 READY = "ready.json"  # in it: names the files of the result; written when all of them are complete
 EMBEDDINGS_KEYS = ("clip_l", "clip_g")  # in it, the rows of the first text encoder and of the second
+ONE_ENCODER = "emb_params"  # the first's name in the files of one word where there is no second, as A1111 writes them
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 CHANGED = ("prediction_type", "rescale_betas_zero_snr", "clip_skip")  # options of a run that are of its model
 MODULES = ("unet", "text_encoder", "text_encoder_2")  # what a full checkpoint can hold
@@ -143,9 +145,9 @@ def embeddings(loras: list, given: list[str], wrong: list) -> list[Embeddings]:
     found, taken = [], set()
     for file in dict.fromkeys(files):
         entries = header(file)
-        rows = {tuple(entries[key].get("shape", ()))[:1] for key in EMBEDDINGS_KEYS if key in entries}
+        rows = {tuple(entries[key].get("shape", ()))[:1] for key in (*EMBEDDINGS_KEYS, ONE_ENCODER) if key in entries}
         if len(rows) != 1 or () in rows:
-            wrong.append(f"--embeddings {file} holds no learned embeddings (clip_l, clip_g), or is damaged")
+            wrong.append(f"--embeddings {file} holds no learned embeddings (clip_l, clip_g, emb_params), or is damaged")
             continue
         ((count,),) = rows
         try:
@@ -161,6 +163,26 @@ def embeddings(loras: list, given: list[str], wrong: list) -> list[Embeddings]:
         taken |= set(renamed.values())
         found.append(Embeddings(file, list(renamed.values()), words))
     return found
+
+
+def word_files(words: Iterable[str]) -> dict[str, str]:
+    """Word -> name of the file in which other programs find its rows, and by which their prompts call it. Safe on every
+    system, and no two alike where case does not count: A1111 ignores it, and so do some file systems."""
+    names, taken = {}, {"pytorch_lora_weights", "pytorch_lora_weights_kohya", "learned_embeddings"}
+    for word in words:
+        safe = re.sub(r"[^\w.-]+", "-", word).strip("-.")[:80] or "word"
+        stems = (f"{safe}-{k}" if k else safe for k in itertools.count())
+        stem = next(each for each in stems if each.casefold() not in taken)
+        taken.add(stem.casefold())
+        names[word] = f"{stem}.safetensors"
+    return names
+
+
+def word_of(file: Path) -> str | None:
+    """The word whose rows a file holds, as a run writes one beside EMBEDDINGS_FILE; None for any other file."""
+    if file.suffix != ".safetensors" or not file.is_file() or file.is_symlink():
+        return None
+    return header(file).get("__metadata__", {}).get("word")
 
 
 def checkpoint(name: str, wrong: list) -> Lora | dict | None:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from utils import learning, randomness
-from utils.saved import EMBEDDINGS_FILE, EMBEDDINGS_KEYS, marked, shared
+from utils.saved import EMBEDDINGS_FILE, EMBEDDINGS_KEYS, ONE_ENCODER, header, marked, shared, word_files
 
 
 class Embedding(torch.nn.Module):
@@ -79,15 +79,41 @@ class WithTokens:
     def describe(self) -> dict:
         return self.adapters.describe() | {"tokens": {word: "".join(names) for word, names in self.names.items()}}
 
-    def save(self, folder: str | Path, output_kohya_format: bool = False, mark: str = "") -> None:
+    def save(
+        self,
+        folder: str | Path,
+        output_kohya_format: bool = False,
+        mark: str = "",
+        token_abstraction: Sequence[str] = (),  # given where the result is saved: one more file for each word
+    ) -> None:
         """The adapters' files and one of fp32 rows; its header says which word stands for which tokens."""
         self.adapters.save(folder, output_kohya_format, mark)
         rows = {key: weight.detach().cpu().contiguous() for key, weight in self.weights.items()}
-        header = {"format": "pt", "tokens": json.dumps(self.names)}
+        told = {"format": "pt", "tokens": json.dumps(self.names)}
         file = marked(Path(folder, EMBEDDINGS_FILE), mark)
-        save_file(rows, str(file), metadata=header)
+        save_file(rows, str(file), metadata=told)
         shared(file)
+        if token_abstraction:
+            split(file, Path(folder))
 
     def load(self, folder: str | Path, mark: str = "") -> None:
         self.adapters.load(folder, mark)
         learning.copy_from(marked(Path(folder, EMBEDDINGS_FILE), mark), self.weights)
+
+
+def split(file: Path, folder: Path) -> list[Path]:
+    """One file for each word of EMBEDDINGS_FILE, as ComfyUI and A1111 read embeddings: they call one by the name of
+    its file, and take all rows in it for one word. SDXL's rows are called clip_l and clip_g there too; those of a model
+    with one text encoder emb_params, (rows, width)."""
+    words = json.loads(header(file).get("__metadata__", {}).get("tokens", "{}"))
+    rows, first, written = load_file(file), 0, []
+    for word, name in word_files(words).items():
+        own = {key: each[first : first + len(words[word])].clone() for key, each in rows.items()}
+        first += len(words[word])
+        if EMBEDDINGS_KEYS[1] not in own:
+            own = {ONE_ENCODER: own[EMBEDDINGS_KEYS[0]]}
+        told = {"format": "pt", "word": word, "tokens": json.dumps({word: words[word]})}
+        save_file(own, str(folder / name), metadata=told)
+        shared(folder / name)
+        written.append(folder / name)
+    return written

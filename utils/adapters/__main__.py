@@ -74,6 +74,11 @@ def convert(args) -> None:
     if not folder and target.suffix != ".safetensors":
         errors.refuse(f"{target}: the file must be called .safetensors")
     refuse_existing(target)
+    words = {}
+    if args.format == "kohya" and (learned := saved.embeddings([lora], [], [])):  # words that the LoRA needs
+        words = saved.word_files(learned[0].words)
+        for name in words.values():
+            refuse_existing(target.parent / name)
     found, header = files.read(lora.file)
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
     header = {"format": "pt", **{key: value for key, value in header.items() if key != files.METADATA}}
@@ -91,6 +96,12 @@ def convert(args) -> None:
             files.save(narrowed(weights), target / network / "adapter_model.safetensors", {"format": "pt"})
             (target / network / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     print(f"{target}: {sum(map(len, found.values()))} layers of {', '.join(found)}")
+    if words:
+        from utils import tokens
+
+        tokens.split(saved.averaged(learned[0].file), target.parent)
+        for word, name in words.items():
+            print(f"{target.parent / name}: the embedding of {word}; put it into the program's folder of embeddings")
 
 
 def load(name: str, parts=None):

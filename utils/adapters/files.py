@@ -296,8 +296,8 @@ def peft(found: dict) -> dict[str, tuple[dict, dict]]:
         need_lora(layers)
         weights = {}
         for layer, parts in layers.items():
-            # PEFT finds layers by the ends of their names, but weights by their whole names. CLIPTextModel lost its level
-            # text_model in transformers 5, so its weights have both names: PEFT takes the one there is, with either.
+            # PEFT finds layers by the ends of their names, but weights by their whole names. CLIPTextModel lost its
+            # level text_model in transformers 5, so its weights have both names: PEFT takes the one that fits.
             short = layer.removeprefix("text_model.") if network == "text_encoder" else layer
             for name in dict.fromkeys((layer, short)):
                 weights[f"base_model.model.{name}.lora_A.weight"] = parts["down"].clone()

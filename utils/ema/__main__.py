@@ -100,6 +100,10 @@ def lora(args, settings: dict, snapshots: list, shares) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for file in files:
         saved.with_averages(file, averages, args.output_dir / file.name)
+    if (args.output_dir / saved.EMBEDDINGS_FILE).is_file():
+        from utils import tokens
+
+        tokens.split(args.output_dir / saved.EMBEDDINGS_FILE, args.output_dir)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from utils import buckets, captions, concepts, precomputed
+from utils import buckets, captions, concepts, precomputed, saved
 from utils.arguments.identity import changed, mistaken
 from utils.errors import DATA, OPTIONS, refuse, warn
 from utils.preflight import model_folder, photos, plan, remote, shapes
@@ -120,13 +120,13 @@ def _clear(folder: Path) -> None:
     if owner:
         refuse(f"--overwrite_output_dir: a run is going on in {folder} ({owner})", once=True)
     for entry in folder.iterdir():
-        if _is_of_a_run(entry.name):
+        if _is_of_a_run(entry):
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     lock.release()
 
 
-def _is_of_a_run(name: str) -> bool:
-    return name in RUN_FILES or bool(CHECKPOINT.fullmatch(name))
+def _is_of_a_run(path: Path) -> bool:
+    return path.name in RUN_FILES or bool(CHECKPOINT.fullmatch(path.name)) or bool(saved.word_of(path))
 
 
 def _output(args, problems: Problems) -> None:
@@ -137,6 +137,13 @@ def _output(args, problems: Problems) -> None:
         return
     if not os.access(existing, os.W_OK | os.X_OK):
         problems.options.append(f"--output_dir {folder}: '{existing}' is read-only for this user; name another folder")
+    words = args.token_abstraction if getattr(args, "train_text_encoder_ti", False) else ()
+    for word, name in saved.word_files(words).items():
+        if os.path.lexists(folder / name) and not saved.word_of(folder / name):
+            problems.options.append(
+                f"--token_abstraction {word}: its embedding would be written over {folder / name}, which is not of a"
+                " run; rename that file, or name another folder"
+            )
     resume = args.resume_from_checkpoint
     if resume and resume != "latest" and not Path(resume).is_dir() and not (folder / resume).is_dir():
         names = sorted(path.name for path in folder.glob("checkpoint-*")) if folder.is_dir() else []
@@ -171,7 +178,7 @@ def _output(args, problems: Problems) -> None:
             " --resume_from_checkpoint latest to go on, --overwrite_output_dir to replace it, or rename it"
         )
     if not run:  # there never was one here
-        theirs = [entry.name for entry in entries if _is_of_a_run(entry.name)]
+        theirs = [entry.name for entry in entries if _is_of_a_run(entry)]
         if theirs:
             problems.options.append(
                 f"--output_dir {folder} holds {', '.join(theirs)}, not written by a run, which this one would replace;"
@@ -255,7 +262,7 @@ def _separate(args, problems: Problems) -> None:
     for name, path in named if args.overwrite_output_dir else ():
         path = Path(path or output.parent).resolve()
         inner = path.relative_to(output).parts if path.is_relative_to(output) else ()
-        if inner and _is_of_a_run(inner[0]):
+        if inner and _is_of_a_run(output / inner[0]):
             problems.options.append(f"--overwrite_output_dir would remove {name} '{path}'; move it out of --output_dir")
 
 
