@@ -3,6 +3,7 @@
 modules, parameters, named, groups, save, load, describe: that is all a script, a checkpoint or an average needs.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -40,7 +41,8 @@ class Full:
         return list(self.named().values())
 
     def groups(self, learning_rate, text_encoder_lr=None, weight_decay=0.01, text_encoder_weight_decay=None) -> list:
-        return groups(self.named(), learning_rate, text_encoder_lr, weight_decay, text_encoder_weight_decay)
+        owned = {name: list(module.parameters()) for name, module in self.modules.items()}
+        return groups(owned, learning_rate, text_encoder_lr, weight_decay, text_encoder_weight_decay)
 
     def describe(self) -> dict:
         return {"method": "full", "modules": sorted(self.modules)}
@@ -64,17 +66,53 @@ class Full:
             copy_from(file, targets)
 
 
-def groups(named, learning_rate, text_encoder_lr=None, weight_decay=0.01, text_encoder_weight_decay=None) -> list[dict]:
-    """Optimizer groups: text encoders (names starting so) may have a rate and a decay of their own."""
+def groups(
+    owned: dict[str, Sequence[torch.nn.Parameter]],  # network -> its weights
+    learning_rate,
+    text_encoder_lr=None,
+    weight_decay=0.01,
+    text_encoder_weight_decay=None,
+) -> list[dict]:
+    """Optimizer groups: the weights of all text encoders may have a different rate and decay from those of the UNet."""
     made = []
     for text in (False, True):
-        params = [p for name, p in named.items() if name.startswith("text_encoder") == text]
+        params = [weight for network, weights in owned.items() if (network != "unet") == text for weight in weights]
         rate = text_encoder_lr if text and text_encoder_lr is not None else learning_rate
         decay = text_encoder_weight_decay if text and text_encoder_weight_decay is not None else weight_decay
         if params:
             name = "text_encoder" if text else "unet"
             made.append({"params": params, "lr": rate, "weight_decay": decay, "name": name})
     return made
+
+
+def was(group: dict, name: str, places: Sequence[int]) -> dict:
+    """A group whose weights older checkpoints keep in the group `name`, at these places in it."""
+    return {**group, "was": [name, *places]}
+
+
+def regrouped(state: dict, groups: Sequence[dict]) -> dict:
+    """An optimizer's state in the groups of an older checkpoint => the same state in today's groups (see `was`).
+
+    Any other state is returned as it is: torch refuses groups that do not fit.
+    """
+    if not any("was" in group for group in groups):
+        return state
+    stored = {group.get("name"): group for group in state["param_groups"]}
+    origins = [group.get("was") or [group["name"], *range(len(group["params"]))] for group in groups]
+    taken = {}
+    for name, *places in origins:
+        taken[name] = sorted([*taken.get(name, []), *places])
+    if taken != {name: list(range(len(group["params"]))) for name, group in stored.items()}:
+        return state
+    by_weight, made = {}, []
+    for group, (name, *places) in zip(groups, origins):
+        start = sum(len(one["params"]) for one in made)
+        for number, place in enumerate(places, start):
+            if (before := stored[name]["params"][place]) in state["state"]:
+                by_weight[number] = state["state"][before]
+        own = {key: group[key] for key in ("name", "was") if key in group}
+        made.append({**stored[name], **own, "params": list(range(start, start + len(places)))})
+    return {**state, "state": by_weight, "param_groups": made}
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ class WithTokens:
 
     def __init__(self, adapters, modules: dict, weights: dict[str, torch.nn.Parameter], names: dict[str, list[str]]):
         self.adapters, self.weights, self.names = adapters, weights, names
-        self.modules = adapters.modules | modules
+        self.modules, self.encoders = adapters.modules | modules, list(modules)
 
     def named(self) -> dict[str, torch.nn.Parameter]:
         return self.adapters.named() | self.weights
@@ -70,8 +70,8 @@ class WithTokens:
 
     def groups(self, learning_rate, text_encoder_lr=None, weight_decay=0.01, text_encoder_weight_decay=None) -> list:
         rates = (learning_rate, text_encoder_lr, weight_decay, text_encoder_weight_decay)
-        texts = {f"text_encoder.{key}": weight for key, weight in self.weights.items()}
-        return self.adapters.groups(*rates) + learning.groups(texts, *rates)
+        rows = dict(zip(self.encoders, ([weight] for weight in self.weights.values())))
+        return self.adapters.groups(*rates) + learning.groups(rows, *rates)
 
     def settle(self, step: int, total: int) -> None:
         self.adapters.settle(step, total)

@@ -6,6 +6,7 @@ https://arxiv.org/abs/2108.06098, is the entrywise product of two LoRAs, LoKr, h
 Kronecker product.
 """
 
+import itertools
 import json
 import math
 import warnings
@@ -190,11 +191,12 @@ class Adapters:
     def named(self) -> dict[str, torch.nn.Parameter]:
         """Name in the file -> weight, in an order that never changes."""
         return {
-            self.file_key(name, key): parameter
-            for name, module in self.modules.items()
-            for key, parameter in module.named_parameters()
-            if parameter.requires_grad
+            self.file_key(name, key): weight for name in self.modules for key, weight in self._learning(name).items()
         }
+
+    def _learning(self, name: str) -> dict[str, torch.nn.Parameter]:
+        """peft's name -> weight of the adapters in one network."""
+        return {key: weight for key, weight in self.modules[name].named_parameters() if weight.requires_grad}
 
     def file_key(self, name: str, key: str) -> str:
         if self.kind == "lora":
@@ -206,18 +208,37 @@ class Adapters:
         return list(self.named().values())
 
     def groups(self, learning_rate, text_encoder_lr=None, weight_decay=0.01, text_encoder_weight_decay=None) -> list:
-        named = self.named()
-        made = learning.groups(named, learning_rate, text_encoder_lr, weight_decay, text_encoder_weight_decay)
-        if not (ratio := self.told.get("loraplus_lr_ratio")):
-            return made
-        # LoRA+, https://arxiv.org/abs/2402.12354: B, which starts at zero, learns `ratio` times as fast as A.
-        ups = {id(weight) for key, weight in named.items() if key.endswith(".up.weight")}
+        """Two kinds of weights do not decay, because zero is not where they start: DoRA's magnitudes, and the factors
+        of a start that is taken away. Decay would move the model although no gradient asks for it."""
+        if self._started():
+            weight_decay = text_encoder_weight_decay = 0.0
+        owned = {name: list(self._learning(name).values()) for name in self.modules}
+        rates = (learning_rate, text_encoder_lr, weight_decay, text_encoder_weight_decay)
+        made, ratio = learning.groups(owned, *rates), self.told.get("loraplus_lr_ratio")
+        layers = [layer for module in self.modules.values() for layer in module.modules()]
+        ups = {id(half[ADAPTER].weight) for layer in layers if ADAPTER in (half := getattr(layer, "lora_B", ()))}
+        magnitudes = {
+            id(vector[ADAPTER].weight)
+            for layer in layers
+            if ADAPTER in (vector := getattr(layer, "lora_magnitude_vector", ()))
+        }
+        if self.kind != "lora":  # in older checkpoints the text encoders' weights follow those of the UNet
+            ends = itertools.accumulate(len(group["params"]) for group in made)
+            return [learning.was(g, "unet", range(end - len(g["params"]), end)) for g, end in zip(made, ends)]
         split = []
         for group in made:
-            for fast in (False, True):
-                weights = [weight for weight in group["params"] if (id(weight) in ups) == fast]
-                more = {"lr": group["lr"] * ratio, "name": f"{group['name']}_up"} if fast else {}
-                split.append({**group, "params": weights, **more})
+            # LoRA+, https://arxiv.org/abs/2402.12354: B, which starts at zero, learns `ratio` times as fast as A.
+            fast = [weight for weight in group["params"] if ratio and id(weight) in ups]
+            slow = [weight for weight in group["params"] if not (ratio and id(weight) in ups)]
+            decaying = [k for k, weight in enumerate(slow) if id(weight) not in magnitudes]
+            lasting = [k for k, weight in enumerate(slow) if id(weight) in magnitudes]
+            name, first = group["name"], {**group, "params": [slow[k] for k in decaying]}
+            split.append(learning.was(first, name, decaying) if lasting else first)
+            if fast:
+                split.append({**group, "params": fast, "lr": group["lr"] * ratio, "name": f"{name}_up"})
+            if lasting:  # in older checkpoints they stand among the others
+                own = {"params": [slow[k] for k in lasting], "weight_decay": 0.0, "name": f"{name}_magnitude"}
+                split.append(learning.was({**group, **own}, name, lasting))
         return split
 
     def settle(self, step: int, total: int) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from utils import errors
+from utils import errors, learning
 from utils.arguments.identity import another_run, differing
 from utils.checkpoints import manifests, nested
 
@@ -248,6 +248,7 @@ def _load_entry(name: str, entry, folder: Path, step: int) -> None:
         errors.refuse(f"{folder} holds no {name}.safetensors: it was saved with other options.")
     state = nested.load(path)
     if isinstance(entry, torch.optim.Optimizer):
+        state = learning.regrouped(state, entry.param_groups)
         for group, now in zip(state["param_groups"], entry.param_groups):
             group.update({option: now[option] for option in OPTIONS if option in now})
     entry.load_state_dict(state)
