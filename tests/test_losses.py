@@ -154,13 +154,15 @@ def described(target, loss_type="l2", delta=None, scale=None):
     ],
 )
 def test_every_distance_against_its_formula(loss_type, formula):
+    """Of the objective's error, √scale times that of the prediction: Huber's δ is in its units."""
     prediction, target = numbers(3, 2, 4, 4, dtype=torch.float64), numbers(3, 2, 4, 4, seed=1, dtype=torch.float64)
     deltas, scale = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64), torch.tensor([1.0, 3.0, 0.5])
     got = losses.error(prediction, described(target, loss_type, deltas, scale))
     for row in range(3):
         pairs = zip(prediction[row].flatten().tolist(), target[row].flatten().tolist())
-        mean = sum(formula(p - t, deltas[row].item()) for p, t in pairs) / 32
-        assert got[row].item() == pytest.approx(mean * scale[row].item())
+        factor = scale[row].item() ** 0.5
+        mean = sum(formula(factor * (p - t), deltas[row].item()) for p, t in pairs) / 32
+        assert got[row].item() == pytest.approx(mean)
     prediction.requires_grad_()
     assert torch.autograd.gradcheck(
         lambda p: losses.error(p, described(target, loss_type, deltas, scale)), (prediction,)

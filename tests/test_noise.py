@@ -295,6 +295,52 @@ def test_edm_agrees_with_the_scheduler_of_diffusers(kind, schedule):
     torch.testing.assert_close(objective(noisy, prediction).double(), unweighted, rtol=1e-3, atol=1e-9)
 
 
+def by_hand(kind, error, delta):
+    """Each loss of an error, written out; δ is in the units of the error."""
+    curve = (error.square() + delta**2).sqrt() - delta
+    found = {"l2": error.square(), "l1": error.abs(), "huber": 2 * delta * curve, "smooth_l1": 2 * curve}[kind]
+    return found.flatten(1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("loss_type", ["l2", "l1", "huber", "smooth_l1"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("grid", ["edm", "euler"])
+def test_every_distance_of_edm_is_of_the_error_it_is_about(grid, kind, loss_type, masked):
+    """Of x0 on an EDM scheduler's levels, of x0 / σ with any other; and so is its gradient."""
+    from diffusers import EDMEulerScheduler, EulerDiscreteScheduler
+
+    from utils import losses
+
+    options = {"loss_type": loss_type, "huber_c": 0.2}
+    draws = FixedDraws([0, 10, 400, 800, 998])
+    if grid == "edm":
+        scheduler = EDMEulerScheduler(prediction_type=kind)
+        sigma = scheduler.sigmas[draws.timesteps]
+    else:
+        scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, prediction_type=kind)
+        sigma, options["do_edm_style_training"] = scheduler.sigmas[[999 - t for t in draws.timesteps]], True
+    sigma = sigma.double().view(-1, 1, 1, 1)
+    noisy = noise.corruption_for(scheduler, **options)(IMAGES, draws)
+    x = IMAGES.double() + sigma * draws.normal("noise", IMAGES.shape[1:])
+    mask = (torch.arange(36).view(1, 1, 6, 6) < 20).expand(5, 1, 6, 6).to(torch.uint8) * 255 if masked else None
+    prediction = torch.randn(IMAGES.shape, generator=torch.Generator().manual_seed(8)).double()
+    ours, theirs = (prediction.clone().requires_grad_() for _ in range(2))
+    if grid == "edm":
+        error = scheduler.precondition_outputs(x, theirs, sigma) - IMAGES
+    else:
+        guess = x - sigma * theirs if kind == "epsilon" else x / (sigma**2 + 1) - sigma / (sigma**2 + 1).sqrt() * theirs
+        error = (guess - IMAGES) / sigma
+    expected = by_hand(loss_type, error, 0.8 / (1 + sigma) ** 2 + 0.2)
+    if masked:
+        expected = expected.view(5, 4, 36)[:, :, :20].flatten(1)
+    expected, found = expected.mean(dim=1), losses.error(ours, noisy, mask)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-9)
+    found.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-2, atol=1e-7)
+
+
 def test_log_normal_levels_come_with_the_papers_weight():
     from diffusers import EDMEulerScheduler
 

@@ -28,9 +28,16 @@ def error(
     mask: torch.Tensor | None = None,  # (b, 1, H, W) uint8: where the picture counts, as in `masked_mean`
     unmasked_weight: float = 0.0,
 ) -> torch.Tensor:
-    """What each example's prediction is off its target, by the run's measure: (b, ...) -> (b,)."""
-    found = distance(prediction, noisy.target, mask, unmasked_weight, noisy.loss_type, noisy.delta)
-    return found if noisy.scale is None else found * noisy.scale
+    """What each example's prediction is off its target, by the run's measure: (b, ...) -> (b,).
+
+    √scale times the difference is the difference that the objective is about (of x0, with an EDM scheduler). A distance
+    is taken of that one, so Huber's δ is in its units; squares are multiplied afterwards, which is the same.
+    """
+    measured = (mask, unmasked_weight, noisy.loss_type, noisy.delta)
+    if noisy.scale is None or noisy.loss_type == "l2":
+        found = distance(prediction, noisy.target, *measured)
+        return found if noisy.scale is None else found * noisy.scale
+    return distance(prediction, noisy.target, *measured, factor=noisy.scale.sqrt())
 
 
 def squared_error(
@@ -46,6 +53,7 @@ def distance(
     unmasked_weight: float = 0.0,
     loss_type: str = "l2",
     delta: torch.Tensor | None = None,  # (b,)
+    factor: torch.Tensor | None = None,  # (b,): of the difference
 ) -> torch.Tensor:
     """Mean distance of each example, in fp32 at least whatever the networks computed in."""
     if prediction.shape[1] == 2 * target.shape[1]:
@@ -54,8 +62,12 @@ def distance(
         # Broadcasting would turn a mismatch into a plausible number.
         raise ValueError(f"prediction {tuple(prediction.shape)} does not match target {tuple(target.shape)}")
     precise = torch.promote_types(prediction.dtype, torch.float32)
-    delta = None if delta is None else delta.view(-1, *[1] * (target.dim() - 1))
-    error = DISTANCES[loss_type](prediction.to(precise) - target.to(precise), delta)
+    by_example = (-1, *[1] * (target.dim() - 1))
+    delta = None if delta is None else delta.view(by_example)
+    difference = prediction.to(precise) - target.to(precise)
+    if factor is not None:
+        difference = difference * factor.view(by_example)
+    error = DISTANCES[loss_type](difference, delta)
     if mask is not None:
         return masked_mean(error, mask, unmasked_weight)
     return error.flatten(1).mean(dim=1)  # (b, ...) -> (b,)

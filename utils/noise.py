@@ -17,8 +17,8 @@ class Noisy(NamedTuple):
     timesteps: torch.Tensor  # (b,) int64, or fp32 where the network is told of the noise level another way
     target: torch.Tensor  # (b, c, h, w) fp32: what it should predict
     weight: torch.Tensor  # (b,) fp32: factor of each example's error
-    scale: torch.Tensor | None = None  # (b,) fp32: turns the error of the prediction into that of the objective (EDM)
-    delta: torch.Tensor | None = None  # (b,) fp32: where a Huber loss turns from square to straight
+    scale: torch.Tensor | None = None  # (b,) fp32: squared error of the objective / that of the prediction (EDM)
+    delta: torch.Tensor | None = None  # (b,) fp32: where a Huber loss of the objective's error turns to straight
     loss_type: str = "l2"
 
 
@@ -122,7 +122,7 @@ def edm_factors(sigma: torch.Tensor, sigma_data: float, prediction_type: str) ->
 
 
 def edm_scale(sigma: torch.Tensor, sigma_data: float) -> torch.Tensor:
-    """c_out²: what an error of F counts as an error of x0 (Karras et al. 2022, table 1)."""
+    """c_out²: the squared error of x0 / that of F (Karras et al. 2022, table 1)."""
     return (sigma * sigma_data) ** 2 / (sigma**2 + sigma_data**2)
 
 
