@@ -4,7 +4,7 @@
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --class_prompt "a photo of dog" \\
         --use_inst_loss --use_pdm_loss --output_dir runs/dog
 
-Three losses: of the photos (--use_inst_loss; it need only be given beside --use_pdm_loss), of class images
+Three losses: of the photos (on unless --use_inst_loss no is given), of class images
 (--use_prior_loss) and of queries (--use_pdm_loss); masks for each. PDMBooth's own names of options work too.
 Leaves pytorch_lora_weights.safetensors, report.html, samples/ and a model card in the output folder.
 """

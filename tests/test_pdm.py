@@ -336,7 +336,7 @@ def test_without_its_loss_it_is_dreambooth(train):  # noqa: F811
 def test_the_gradient_reaches_the_layer_and_nothing_after_it(train, sd1):  # noqa: F811
     layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     options = f"{PDM} --max_train_steps 1 --train_batch_size 2 --pdm_layer {layer} --adam_weight_decay 0"
-    folder = train("train_pdmbooth", options.replace("--use_inst_loss", ""))
+    folder = train("train_pdmbooth", options.replace("--use_inst_loss", "--use_inst_loss no"))
     (row,) = rows(folder)
     assert row["loss"] == pytest.approx(0.1 * row["loss_pdm"], rel=1e-6) and row["loss_instance"] > 0  # only watched
     before, after = (load_file(path / "unet/diffusion_pytorch_model.safetensors") for path in (sd1, folder))
@@ -345,7 +345,7 @@ def test_the_gradient_reaches_the_layer_and_nothing_after_it(train, sd1):  # noq
     assert f"{layer}.to_k.weight" not in moved and not any(
         name.startswith(("up_", "mid_", "conv_out")) for name in moved
     )
-    lora = weights(train("train_pdmbooth_lora", options.replace("--use_inst_loss", ""), "lora"))
+    lora = weights(train("train_pdmbooth_lora", options.replace("--use_inst_loss", "--use_inst_loss no"), "lora"))
     learned = {name.split("unet.")[1].rsplit(".lora.", 1)[0] for name, w in lora.items() if ".up." in name and w.any()}
     assert learned == {f"{layer}.to_q"}  # it is the first attention layer
 
@@ -356,7 +356,7 @@ def test_the_gradient_reaches_the_layer_and_nothing_after_it(train, sd1):  # noq
 )
 def test_adapters_on_the_layer_and_elsewhere(train, more, on_it):  # noqa: F811
     """The queries are those of the layer with its adapter, and follow every adapter before it."""
-    options = f"{PDM.replace('--use_inst_loss', '')} --max_train_steps 2 --train_batch_size 2 {more}"
+    options = f"{PDM.replace('--use_inst_loss', '--use_inst_loss no')} --max_train_steps 2 --train_batch_size 2 {more}"
     still = losses(train("train_pdmbooth_lora", f"{options} --lr 1e-30", "still"))
     learned = train("train_pdmbooth_lora", f"{options} --lr 1e-2 --adam_weight_decay 0", "learned")
     assert losses(learned)[0] == still[0] and losses(learned)[1] < still[1]
@@ -483,18 +483,33 @@ def test_commands(script, model, more, batch, size, request, photos, tmp_path):
     [
         ("", True),
         ("--use_prior_loss --cls_data_dir=d --cls_prompt=c", True),
-        ("--use_pdm --cls_prompt=c", False),
-        ("--use_pdm --use_prior_loss --cls_data_dir=d --cls_prompt=c", False),
+        ("--use_pdm --cls_prompt=c", True),
+        ("--use_pdm --use_prior_loss --cls_data_dir=d --cls_prompt=c", True),
         ("--use_pdm --use_inst_loss --cls_prompt=c", True),
+        ("--use_pdm --use_inst_loss no --cls_prompt=c", False),
+        ("--use_pdm --use_inst_loss no --use_prior_loss --cls_data_dir=d --cls_prompt=c", False),
     ],
 )
-def test_the_loss_of_the_photos_is_off_only_beside_that_of_queries(words, on, capsys):
+def test_the_loss_of_the_photos_is_off_only_where_that_is_asked_for(words, on, capsys):
     import train_pdmbooth_lora as script
 
     base = "--pretrained_model_name_or_path=m --inst_data_dir=d --inst_prompt=p"
     args = script.parse_args(shlex.split(f"{base} {words}"))
     assert args.use_inst_loss is on and not capsys.readouterr().err
     assert arguments.identity(args).get("use_inst_loss", True) is on
+
+
+def test_a_checkpoint_without_the_loss_of_the_photos_resumes_only_without_it(train, capsys):  # noqa: F811
+    options = f"{PDM.replace('--use_inst_loss', '')} --max_train_steps 2 --checkpointing_steps 1 --train_batch_size 2"
+    whole = train("train_pdmbooth_lora", f"{options} --use_inst_loss no", "whole")
+    resume = f"--resume_from_checkpoint '{whole / 'checkpoint-1'}'"
+    with pytest.raises(SystemExit) as stopped:
+        train("train_pdmbooth_lora", f"{options} {resume}", "other")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "give --use_inst_loss no to resume it" in said
+    assert "use_inst_loss  checkpoint: False  now: True" in said
+    again = train("train_pdmbooth_lora", f"{options} --use_inst_loss no {resume}", "again")
+    assert losses(again) == losses(whole)[1:]
 
 
 @BOTH

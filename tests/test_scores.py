@@ -324,6 +324,39 @@ def test_test_prompts_are_judged_and_shown(train, networks):
     assert "<h3>Test dino i" not in page  # a curve of one point
 
 
+@pytest.mark.parametrize("script", ["train_dreambooth_lora", "train_pdmbooth_lora", "train_text_to_image_lora"])
+def test_no_images_where_their_number_is_zero(tmp_path, photos, sd1, capsys, script, networks):
+    """Validation prompts stay recorded; nothing is drawn or judged, and everything else is as with images."""
+    folder, pdm = tmp_path / "run", "pdmbooth" in script
+    words = f"--pretrained_model_name_or_path '{sd1}' --output_dir '{folder}' --max_train_steps 2 --report_to none"
+    words += (
+        f" --validation_prompt 'a dog' --scores dino --dino_model_name_or_path '{networks}/dino' --train_batch_size 1"
+    )
+    words += (
+        " --num_val_imgs 0 --test_prompts 'a cat' --num_test_imgs_per_prompt 0" if pdm else " --num_validation_images 0"
+    )
+    if "booth" in script:
+        words += f" --validation_steps 1 --instance_data_dir '{photos}' --instance_prompt 'sks dog'"
+    else:
+        for path in list(photos.iterdir()):
+            path.with_suffix(".txt").write_text("a dog")
+        words += f" --validation_steps 1 --train_data_dir '{photos}' --validation_split 0.4"
+    module = importlib.import_module(script)
+    module.main(module.parse_args(shlex.split(f"{words} --dry_run")))
+    plan = capsys.readouterr()
+    zero = "--num_validation_images and --num_test_imgs_per_prompt" if pdm else "--num_validation_images"
+    assert f"--scores has no effect with {zero} 0: no images are drawn" in plan.err.replace(
+        "num_val_imgs", "num_validation_images"
+    )
+    assert "samples/" not in plan.out
+    module.main(module.parse_args(shlex.split(words)))
+    assert not list(folder.glob("*samples*")) and not told(folder)
+    assert (folder / "report.html").is_file() and (folder / "README.md").is_file()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+    assert any("validation_loss" in row for row in rows) == ("text_to_image" in script)
+
+
 def test_photos_that_are_gone_cost_the_scores_and_not_the_run(train, networks, photos, monkeypatch, capsys):
     def gone(source):
         raise scores.images.BadImage("01.png", "is gone")

@@ -380,14 +380,17 @@ def create(
     token_abstraction: Sequence[str] = (),
     scores: Sequence[str] = ("auto",),
     validation_prompt: Sequence[str] = (),
+    num_validation_images: int = 1,
     test_prompts: Sequence[str] = (),
+    num_test_imgs_per_prompt: int = 1,
     pretrained_model_name_or_path: str = "",
     clip_model_name_or_path: str = "",
     dino_model_name_or_path: str = "",
     allow_pickle: bool = False,
 ) -> Scores:
     """What the options of a script ask for; the main process measures it."""
-    if not (run.is_main and (validation_prompt or test_prompts)):
+    drawn = (validation_prompt and num_validation_images) or (test_prompts and num_test_imgs_per_prompt)
+    if not (run.is_main and drawn):
         return Scores({})
     tokens = token_abstraction if train_text_encoder_ti else ()
     found = judges(

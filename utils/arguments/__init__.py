@@ -204,8 +204,7 @@ def add_masks(parser: argparse.ArgumentParser) -> None:
 
 def add_pdm(parser: argparse.ArgumentParser, pdm_loss_weight: float = 0.1) -> None:
     add = group(parser, "Losses of PDMBooth (https://github.com/Orimalca/PDMBooth), beside --use_prior_loss")
-    unset = "yes, with --use_pdm_loss no"
-    add("use_inst_loss", flag, None, "learn from the photos as DreamBooth does", unset=unset)
+    add("use_inst_loss", flag, True, "learn from the photos as DreamBooth does; no: from --use_pdm_loss alone")
     add(
         "use_pdm_loss",
         flag,
@@ -228,7 +227,7 @@ def add_pdm(parser: argparse.ArgumentParser, pdm_loss_weight: float = 0.1) -> No
     add("save_pdm_masks", flag, False, "write the masks, cropped as they are used, to pdm_masks/ of the output")
     add = group(parser, "Also of PDMBooth")
     add("test_prompts", prompt, None, "prompt to draw when training ends; repeat it for more", append=True)
-    add("num_test_imgs_per_prompt", whole(1), 4, "images of each")
+    add("num_test_imgs_per_prompt", whole(0), 4, "images for each of --test_prompts; 0: none")
     add("del_cls_imgs_dir", flag, False, "at the end delete the class images that a script drew, never your own")
     add("wandb_exp", text, None, "the run's name in wandb", unset="chosen by wandb")
     add("wandb_dir", folder, None, "folder of wandb's files", unset="--logging_dir")
@@ -437,7 +436,8 @@ def add_validation(
     add = group(parser, "Validation images")
     add("validation_prompt", prompt, None, "prompt to draw during training; repeat it for more", append=True)
     add("validation_prompts", prompt, None, "the same, several at once", many=True)
-    add("num_validation_images", whole(1), num_validation_images, "images a prompt")
+    help = "images for each --validation_prompt; 0: no validation images"
+    add("num_validation_images", whole(0), num_validation_images, help)
     help = "draw every so many optimizer steps; 0: at the end only; instead of --validation_epochs"
     add("validation_steps", whole(0), validation_steps, help)
     help = "draw every so many epochs; 0: at the end only; instead of --validation_steps"

@@ -83,7 +83,7 @@ def differing(earlier: Mapping, now: Mapping, allowed: str | Iterable[str] | Non
     words = allowed.split(",") if isinstance(allowed, str) else list(allowed or [])
     allowed = {word.strip() for word in words}
     names = [name for name in sorted({*earlier, *now}) if earlier.get(name) != now.get(name)]
-    rows = [(name, earlier.get(name), now.get(name)) for name in names]
+    rows = [(name, *(side.get(name, COMPARED.get(name)) for side in (earlier, now))) for name in names]
     may = [row for row in rows if row[0] in allowed or "all" in allowed]
     return [row for row in rows if row not in may], may
 
@@ -91,6 +91,9 @@ def differing(earlier: Mapping, now: Mapping, allowed: str | Iterable[str] | Non
 def another_run(folder: Path, rows: list) -> str:
     width = max(len(name) for name, _, _ in rows)
     table = "".join(f"\n  {name:<{width}}  checkpoint: {old}  now: {new}" for name, old, new in rows)
+    if any(name == "use_inst_loss" and not old for name, old, _ in rows):
+        # Once --use_pdm_loss alone meant this.
+        table += "\nThat run did not learn from the photos themselves: give --use_inst_loss no to resume it."
     return (
         f"{folder} belongs to another run:{table}\nUse the options of that run, another --output_dir, or"
         f" --allow_resume_mismatch {','.join(name for name, _, _ in rows)} if you know why."

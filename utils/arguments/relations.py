@@ -74,6 +74,10 @@ NEEDS = {
 }
 
 
+# Prompts that images are drawn from, and the option that counts the images of each.
+DRAWN = (("validation_prompt", "num_validation_images"), ("test_prompts", "num_test_imgs_per_prompt"))
+
+
 @dataclass
 class Findings:
     complaints: list[str] = field(default_factory=list)
@@ -90,7 +94,7 @@ def check(args: argparse.Namespace, given: dict, defaults: dict, misread: set[st
     _streaming(args, has, given, found)
     _text_encoder(has, found)
     _pivotal(args, has, given, found)
-    _adapters(args, has, found)
+    _adapters(args, has, given, found)
     _optimizer(args, has, given, found)
     _weightwise(has, found)
     _averages(has, given, defaults, found)
@@ -122,6 +126,11 @@ def check(args: argparse.Namespace, given: dict, defaults: dict, misread: set[st
         if name in given and given[name] != defaults[name] and not met:
             found.warnings.append(f"--{name} has no effect without --{' or --'.join(ways)}")
     return found
+
+
+def drawn(args: argparse.Namespace) -> list[str]:
+    """Which of the prompts in DRAWN images are drawn from."""
+    return [prompts for prompts, count in DRAWN if getattr(args, prompts, None) and getattr(args, count)]
 
 
 def _concepts(args, has, misread: set[str], found: Findings) -> None:
@@ -177,8 +186,6 @@ def _data(args, has, misread: set[str], found: Findings) -> None:
 def _pdm(args, has, given: dict, misread: set[str], found: Findings) -> None:
     if "use_pdm_loss" not in args:
         return
-    if args.use_inst_loss is None:
-        args.use_inst_loss = not args.use_pdm_loss
     if not (args.use_inst_loss or args.use_pdm_loss):
         found.complaints.append("--use_inst_loss no without --use_pdm_loss: nothing is learned of the subject")
     if args.use_pdm_loss:
@@ -292,13 +299,16 @@ def _pivotal(args, has, given: dict, found: Findings) -> None:
         )
 
 
-def _adapters(args, has, found: Findings) -> None:
+def _adapters(args, has, given: dict, found: Findings) -> None:
     kind, start = has("adapter"), has("init_lora_weights")
     if kind in ("loha", "lokr"):
         for name, unset in LORA_ONLY.items():
             if has(name) not in (unset, None, False):
                 found.complaints.append(f"--{name} with --adapter {kind}: it is made for LoRA; leave one of them out")
     if start in ("pissa", "olora"):
+        for name in ("adam_weight_decay", "adam_weight_decay_text_encoder"):
+            if given.get(name):
+                found.warnings.append(f"--{name} has no effect with --init_lora_weights {start}, which has no decay")
         for name, why in (
             ("use_dora", "DoRA's lengths belong to one adapter, and these starts need two"),
             ("lora_dropout", "it would drop parts of the base itself"),
@@ -519,8 +529,10 @@ def _scores(args, has, given: dict, found: Findings) -> None:
     if alone:
         found.complaints.append(f"--scores {' '.join(named)}: {alone[0]} together with others; leave one out")
     args.scores = [name for name in named if name != "none"]
-    if args.scores and "scores" in given and not (has("validation_prompt") or has("test_prompts")):
-        found.warnings.append("--scores has no effect without --validation_prompt: no images are drawn")
+    if args.scores and "scores" in given and not drawn(args):
+        zero = [f"--{count}" for _, count in DRAWN if has(count) == 0]
+        why = f"with {' and '.join(zero)} 0" if zero else "without --validation_prompt"
+        found.warnings.append(f"--scores has no effect {why}: no images are drawn")
 
 
 def _reporting(args, has, given: dict, found: Findings) -> None:

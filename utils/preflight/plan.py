@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils import buckets, saved, targets
+from utils.arguments import relations
 from utils.arguments.relations import engine_asked_for
 from utils.errors import warn
 from utils.preflight.shapes import latents
@@ -295,13 +296,14 @@ def lines(plan: Plan, args: argparse.Namespace) -> list[str]:
     said.append(
         f"writes    {args.output_dir}/: {weights}, training_config.yaml, metrics.jsonl, report.html, README.md,"
     )
+    drawn = relations.drawn(args)
     folders = {
         "ema_snapshots": plan.snapshots,
         "pdm_features": has("use_pdm_loss") and not has("features_data_dir"),
         "pdm_masks": has("save_pdm_masks") and has("mask_pdm"),
         "sam_masks": has("sam_model_name_or_path"),
-        "samples": args.validation_prompt,
-        "test_samples": has("test_prompts"),
+        "samples": "validation_prompt" in drawn,
+        "test_samples": "test_prompts" in drawn,
     }
     said.append("          " + ", ".join(["checkpoint-N/", *(f"{name}/" for name, there in folders.items() if there)]))
     return said
