@@ -15,27 +15,11 @@ import functools
 import re
 from pathlib import Path
 
-from utils import arguments, captions, models, saved, targets
+from utils import arguments, captions, models, samplers, saved, targets
 from utils.arguments.settings import choice, flag, folder, nearest, number, text, whole
 from utils.arguments.settings import prompt as prompt_text
 from utils.errors import refuse
 
-# A name on the command line -> class in diffusers, and what its configuration changes. Class names do as well.
-SCHEDULERS = {
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
-    "dpm++": ("DPMSolverMultistepScheduler", {}),
-    "dpm++_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "dpm++_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "pndm": ("PNDMScheduler", {}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
 REFINERS = ("StableDiffusionXLImg2ImgPipeline",)  # what the published one says that it is
 # Without an identifier its place closes up: the same scene for the subject and for any other of its class.
 PROMPT_SETS = {
@@ -86,7 +70,7 @@ def parse_args(argv=None):
     add("seed", whole(0), 0, "seed of each prompt's first image; the next ones count up")
     add("num_inference_steps", whole(1), 25, "denoising steps")
     add("guidance_scale", number(0), 7.5, "classifier-free guidance; 1 is none")
-    help = f"{', '.join(SCHEDULERS)}, one of their class names, or model for the model's own"
+    help = f"{', '.join(samplers.SAMPLERS)}, one of their class names, or model for the model's own"
     add("scheduler", text, "dpm++", help, metavar="NAME")
     add("height", whole(8), None, "pixels, a multiple of 8", unset="the model's")
     add("width", whole(8), None, "pixels, a multiple of 8", unset="the model's")
@@ -115,7 +99,7 @@ def main(args):
 
     startup.quiet()
     device, dtype = assembling.place(args.device, args.dtype)
-    kind, changes = find_scheduler(args.scheduler)
+    kind, changes = samplers.find(args.scheduler)
     pipeline = assembling.pipeline(base, loras, modules, device, dtype, kind, changes, args.allow_pickle, learned)
     refiner = assembling.refiner(args.refiner, pipeline, kind, changes) if args.refiner else None
     say_averaged(loras, modules, learned)
@@ -204,8 +188,8 @@ def check(args):
     if isinstance(modules, saved.Lora):
         loras, modules = [*loras, modules], {}
     learned = saved.embeddings(loras, args.embeddings, wrong)
-    if not find_scheduler(args.scheduler):
-        names = ["model", *SCHEDULERS]
+    if not samplers.find(args.scheduler):
+        names = ["model", *samplers.SAMPLERS]
         wrong.append(f"--scheduler {args.scheduler} is none of: {', '.join(names)}{nearest(args.scheduler, names)}")
     for name, value in (("height", args.height), ("width", args.width)):
         if value and value % 8:
@@ -224,6 +208,12 @@ def check(args):
         base.clip_skip = base.clip_skip if args.clip_skip is None else args.clip_skip
         base.vae = args.pretrained_vae_model_name_or_path or base.vae
         parts = models.read_index(base.name, base.revision)  # refuses a name that leads nowhere
+        noise = models.read_scheduler(base.name, base.revision)
+        if base.rescale_betas_zero_snr:
+            noise |= {"rescale_betas_zero_snr": True}
+        configs = [noise, *([models.read_scheduler(args.refiner)] if args.refiner else [])]
+        misfits = (samplers.misfit(args.scheduler, config, "--scheduler") for config in configs)
+        wrong += dict.fromkeys(complaint for complaint in misfits if complaint)
         wrong += [complaint for lora in loras if (complaint := saved.misfit(lora, base.name, parts))]
         if args.refiner and "text_encoder_2" not in parts:
             wrong.append(f"--refiner goes on where an SDXL model stops, and {base.name} is none; leave it out")
@@ -269,12 +259,6 @@ def all_prompts(args, wrong: list) -> list:
 def without(prompt: str, word: str) -> str:
     """The prompt without a word: "a photo of sks dog" => "a photo of dog"."""
     return re.sub(rf"(?<!\w){re.escape(word)}(?!\w) ?", "", prompt).strip() if word else prompt
-
-
-def find_scheduler(name: str):
-    """(class name or None for the model's own, changes); None if there is no such scheduler."""
-    by_class = {kind.lower(): (kind, {}) for kind, _ in SCHEDULERS.values()}
-    return (SCHEDULERS | by_class | {"model": (None, {})}).get(name.lower())
 
 
 def print_plan(base, loras: list, modules: dict, learned: list, jobs: list, files: list) -> list:

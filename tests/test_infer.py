@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import infer
-from utils import saved
+from utils import samplers, saved
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = ["--num_images", "2", "--num_inference_steps", "2"]
@@ -146,7 +146,7 @@ def test_schedulers(sd1, tmp_path):
     base = ["--pretrained_model_name_or_path", sd1, "--prompt", "dog", "--num_images", 1, "--num_inference_steps", 3]
     drawn = {
         name: pixels(draw(tmp_path / name, *base, "--scheduler", name)[0]).tobytes()
-        for name in ["model", *infer.SCHEDULERS, "EulerDiscreteScheduler"]
+        for name in ["model", *samplers.SAMPLERS, "EulerDiscreteScheduler"]
         if name != "lms" or importable("scipy")
     }
     assert drawn["euler"] == drawn["EulerDiscreteScheduler"]
@@ -333,7 +333,7 @@ def trained(base, folder, seed=0, **options):
 def stock_image(pipeline, seed=0):
     from utils import validation
 
-    pipeline.scheduler = validation.make_scheduler("DPMSolverMultistepScheduler", pipeline.scheduler.config)
+    pipeline.scheduler = samplers.make("DPMSolverMultistepScheduler", pipeline.scheduler.config)
     words = {"prompt": "a photo of dog"}
     (image,) = validation.draw(pipeline, words, [seed], steps=2, width=64, height=64)
     return np.asarray(image[1]).astype(int)

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from utils import validation
+from utils import samplers, validation
 from utils.models import family_of
 from utils.report import gallery
 
@@ -171,7 +171,7 @@ def test_half_precision_base_with_trained_fp32_weights(sd1, tmp_path):
 
 
 def test_prompts_one_for_all_or_one_for_each(family):
-    pipeline = family.pipeline(validation.make_scheduler("DPMSolverMultistepScheduler", family.scheduler.config))
+    pipeline = family.pipeline(samplers.make("DPMSolverMultistepScheduler", family.scheduler.config))
     size = {"steps": 2, "width": 64, "height": 64, "batch_size": 2}
     each = dict(validation.draw(pipeline, {"prompt": [*PROMPTS, PROMPTS[0]], "negative_prompt": ""}, [1, 1, 1], **size))
     assert sorted(each) == [0, 1, 2] and each[0].tobytes() != each[1].tobytes()
@@ -199,11 +199,12 @@ def test_out_of_memory_costs_a_warning_only(family, tmp_path, monkeypatch, capsy
 def test_no_prompts_no_work(tmp_path):
     family = SimpleNamespace(resolution_default=64)  # nothing else may be asked of it
     assert validation.Sampler(make_run(tmp_path), family, []).draw(1) == []
+    assert validation.Sampler(make_run(tmp_path), family, ["a dog"], count=0).draw(1) == []
 
 
 def test_an_unknown_scheduler_is_refused(family, capsys):
     with pytest.raises(SystemExit) as end:
-        validation.make_scheduler("FastScheduler", family.scheduler.config)
+        samplers.make("FastScheduler", family.scheduler.config)
     assert end.value.code == 2 and "FastScheduler is not a scheduler" in capsys.readouterr().err
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from utils import models, saved, targets, validation
+from utils import models, samplers, saved, targets
 from utils.adapters import files, merging
 from utils.errors import refuse
 
@@ -103,7 +103,7 @@ def only(found: dict, block: str, lora: saved.Lora) -> dict:
 
 def change_scheduler(drawing, kind: str | None, changes: dict | None) -> None:
     if kind:
-        drawing.scheduler = validation.make_scheduler(kind, dict(drawing.scheduler.config) | (changes or {}))
+        drawing.scheduler = samplers.make(kind, drawing.scheduler.config, changes)
 
 
 def refiner(name: str, drawing, scheduler: str | None = None, changes: dict | None = None):

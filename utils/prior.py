@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from utils import errors, images, randomness, validation
+from utils import errors, images, randomness, samplers, validation
 
 SIDECAR = "class_images.json"
 MARK = "drawn"  # text in a file: what its pixels were when it was drawn
@@ -226,7 +226,7 @@ def _draw(
 
 
 def _fast_solver(scheduler):
-    return validation.make_scheduler("DPMSolverMultistepScheduler", scheduler.config)
+    return samplers.make("DPMSolverMultistepScheduler", scheduler.config)
 
 
 def _native_size(pipeline) -> int | None:

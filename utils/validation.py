@@ -13,15 +13,10 @@ from pathlib import Path
 
 import torch
 
-from utils import errors
+from utils import errors, samplers
 from utils.report import gallery
 
 save_png = gallery.save_png  # infer.py writes its pictures the same way
-# What the usual samplers are called for models trained with EDM noise.
-EDM_TWINS = {
-    "DPMSolverMultistepScheduler": "EDMDPMSolverMultistepScheduler",
-    "EulerDiscreteScheduler": "EDMEulerScheduler",
-}
 SMALL = 128  # pixels a side up to which all images of a prompt are drawn at once
 
 
@@ -53,8 +48,8 @@ class Sampler:
         self.batch_size = batch_size or (count if max(self.width, self.height) <= SMALL else 1)
 
     def draw(self, step: int) -> list[Path]:
-        """Every process must call it. Returns the files of all processes; empty without prompts."""
-        if not self.prompts:
+        """Every process must call it. Returns the files of all processes; empty without prompts or images of them."""
+        if not (self.prompts and self.count):
             return []
         try:
             mine = list(self._mine(step))
@@ -106,7 +101,7 @@ class Sampler:
     def _mine(self, step: int) -> Iterator[tuple[int, int, bytes]]:
         """This process's share as (prompt number, image number, PNG)."""
         run, family = self.run, self.family
-        pipeline = family.pipeline(make_scheduler(self.scheduler, family.pipeline().scheduler.config))
+        pipeline = family.pipeline(samplers.make(self.scheduler, family.pipeline().scheduler.config))
         jobs = [(prompt, image) for prompt in range(len(self.prompts)) for image in range(self.count)]
         for prompt in range(len(self.prompts)):
             images = [image for which, image in jobs[run.rank :: run.world] if which == prompt]
@@ -213,23 +208,6 @@ def undisturbed(pipeline):
         random.setstate(state)
         for module, mode in modes:  # one by one: frozen parts may well be in evaluation mode inside trained ones
             module.training = mode
-
-
-def make_scheduler(name: str, config):
-    """A scheduler by its class name, with the model's own noise schedule."""
-    import diffusers
-
-    cls = getattr(diffusers, name, None)
-    if cls is None or not hasattr(cls, "from_config"):
-        errors.refuse(f"{name} is not a scheduler of diffusers; e.g. DPMSolverMultistepScheduler, DDPMScheduler")
-    changes = {}
-    if str(config.get("_class_name", "")).startswith("EDM") and not name.startswith("EDM"):
-        if name not in EDM_TWINS:
-            errors.refuse(f"{name} does not go with a model trained with EDM noise; use one of: {', '.join(EDM_TWINS)}")
-        cls = getattr(diffusers, EDM_TWINS[name])
-    if str(config.get("variance_type", "")).startswith("learned"):  # the learned half is thrown away in training
-        changes["variance_type"] = "fixed_small"
-    return cls.from_config(config, **changes)
 
 
 def public_name(name: str) -> str:

@@ -121,3 +121,18 @@ def read_index(name: str, revision: str | None = None) -> dict:
     if not isinstance(index, dict):
         errors.refuse(f"{file} is no model index: it holds no names of parts")
     return index
+
+
+def read_scheduler(name: str, revision: str | None = None) -> dict:
+    """The configuration of a pipeline's scheduler; {} where it cannot be read, of which loading the model complains."""
+    path = Path(resolve(name)).expanduser()
+    file = path / "scheduler" / "scheduler_config.json"
+    try:
+        if not path.is_dir():
+            from huggingface_hub import hf_hub_download
+
+            file = Path(hf_hub_download(name, "scheduler/scheduler_config.json", revision=revision))
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except Exception:  # many kinds: see read_index
+        return {}
+    return config if isinstance(config, dict) else {}

@@ -107,6 +107,8 @@ class LatentDiffusion:
             kind = type(scheduler) if known else DDIMScheduler
             # Trailing: sampling must begin at the last timestep, where there is nothing but noise.
             changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+            if scheduler.config.get("use_karras_sigmas"):  # see samplers.NOT_ZERO_SNR
+                changes["use_karras_sigmas"] = False
             scheduler = kind.from_config(scheduler.config, **changes)
         return scheduler
 

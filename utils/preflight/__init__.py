@@ -59,7 +59,7 @@ def check(args: argparse.Namespace) -> list[Path]:
     model, problem = model_folder.find(args)
     problems.options += [*([problem] if problem else plan.unknown_layers(args, model)), *model_folder.elsewhere(args)]
     problems.options += model_folder.sam(args)
-    problems.options += model_folder.objective(args, model)
+    problems.options += model_folder.objective(args, model) + model_folder.sampler(args, model)
     problems.options += plan.unknown_queries(args, model)
     # A branch moves; what a run records must name for ever what it was trained on.
     args.revision = model_folder.commit(model) or args.revision

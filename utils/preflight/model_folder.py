@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from utils import models
+from utils import models, samplers
 from utils.arguments import relations
 from utils.preflight import plan, remote
 
@@ -119,11 +119,10 @@ def _lacking(folder: Path, kinds: tuple[str, ...], allow_pickle: bool, whole: bo
 
 def objective(args: argparse.Namespace, folder: Path | None) -> list[str]:
     """Options about noise and loss that the model's own schedule leaves no room for."""
-    try:
-        config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-        kind, predicts = str(config.get("_class_name")), config.get("prediction_type", "epsilon")
-    except (AttributeError, OSError, TypeError, ValueError):  # not here yet
+    config = models.read_scheduler(str(folder)) if folder else {}
+    if not config:  # not here yet
         return []
+    kind, predicts = str(config.get("_class_name")), config.get("prediction_type", "epsilon")
     model = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
     if kind.startswith("EDM"):
         clashes = relations.against_edm(vars(args).get)
@@ -140,6 +139,15 @@ def objective(args: argparse.Namespace, folder: Path | None) -> list[str]:
             " from pure noise; train velocity: --prediction_type v_prediction"
         ]
     return []
+
+
+def sampler(args: argparse.Namespace, folder: Path | None) -> list[str]:
+    """The complaint about --validation_scheduler where images will be drawn."""
+    config = models.read_scheduler(str(folder)) if folder else {}
+    if args.rescale_betas_zero_snr:
+        config["rescale_betas_zero_snr"] = True
+    complaint = samplers.misfit(args.validation_scheduler, config, "--validation_scheduler")
+    return [complaint] if complaint and relations.drawn(args) else []
 
 
 def commit(folder: Path | None) -> str | None:
