@@ -5,7 +5,8 @@
 
 Add --with_prior_preservation --class_data_dir dogs --class_prompt "a photo of dog" to keep what the model
 knows about other dogs. After a kill, the same command with --resume_from_checkpoint latest goes on exactly.
-Leaves pytorch_lora_weights.safetensors, report.html, samples/ and a model card in the output folder.
+Leaves pytorch_lora_weights.safetensors, a second file for A1111, ComfyUI and kohya, report.html, samples/ and a model
+card in the output folder.
 """
 
 import math
@@ -228,7 +229,8 @@ def main(args):
         # Leave behind: weights, sample images, a model card, the report.
         average.snapshot(run.step)  # whether or not one was due
         with run.phase("saving"), average.swapped(), run.whole():
-            run.save_result(learns, lambda folder: call(learns.save, folder))
+            about = adapters.metadata.of_run(run, dataset)
+            run.save_result(learns, lambda folder: call(learns.save, folder, about=about))
             sampler.draw(run.step)
     if run.is_main:
         hub.card(

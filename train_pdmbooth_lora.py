@@ -6,7 +6,8 @@
 
 Three losses: of the photos (on unless --use_inst_loss no is given), of class images
 (--use_prior_loss) and of queries (--use_pdm_loss); masks for each. PDMBooth's own names of options work too.
-Leaves pytorch_lora_weights.safetensors, report.html, samples/ and a model card in the output folder.
+Leaves pytorch_lora_weights.safetensors, a second file for A1111, ComfyUI and kohya, report.html, samples/ and a model
+card in the output folder.
 """
 
 import math
@@ -255,7 +256,8 @@ def main(args):
         # Leave behind: weights, sample images, a model card, the report.
         average.snapshot(run.step)  # whether or not one was due
         with run.phase("saving"), average.swapped(), run.whole():
-            run.save_result(learns, lambda folder: call(learns.save, folder))
+            about = adapters.metadata.of_run(run, dataset)
+            run.save_result(learns, lambda folder: call(learns.save, folder, about=about))
             sampler.draw(run.step)
             tests.draw(run.step)
     if run.is_main:

@@ -5,7 +5,8 @@
 
 The folder holds pictures and their captions (metadata.jsonl, metadata.csv, or name.txt beside name.jpg); or name a
 data set with --dataset_name. --validation_split 0.05 holds pictures out and draws their loss in the report.
-Leaves pytorch_lora_weights.safetensors, report.html, samples/ and a model card in the output folder.
+Leaves pytorch_lora_weights.safetensors, a second file for A1111, ComfyUI and kohya, report.html, samples/ and a model
+card in the output folder.
 """
 
 import math
@@ -226,7 +227,8 @@ def main(args):
         # Leave behind: weights, sample images, a model card, the report.
         average.snapshot(run.step)  # whether or not one was due
         with run.phase("saving"), average.swapped(), run.whole():
-            run.save_result(learns, lambda folder: call(learns.save, folder))
+            about = adapters.metadata.of_run(run, dataset)
+            run.save_result(learns, lambda folder: call(learns.save, folder, about=about))
             run.also(run.step, validation_loss=held_out.measure())
             sampler.draw(run.step)
     if run.is_main:

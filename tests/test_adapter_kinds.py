@@ -183,7 +183,7 @@ def test_every_option_of_the_group_reaches_attach():
     group = next(g for g in arguments_of_lora() if g.title == "Adapters")
     known = inspect.signature(adapters.attach).parameters
     spelled = {"lora_alpha", "lora_dropout", "use_dora", "lora_target_modules"}  # shorter in the room
-    elsewhere = {"use_blora", "output_kohya_format"}
+    elsewhere = {"use_blora", "output_kohya_format", "kohya_dtype"}
     options = {action.dest for action in group._group_actions}
     assert options - spelled - elsewhere <= known.keys()
     args = parsed("")

@@ -401,7 +401,7 @@ CHANGEABLE = """config dry_run allow_pickle cache_dir repeats on_bad_image preco
     scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power max_grad_norm
     fused_backward adam_beta1 adam_beta2 adam_weight_decay
     adam_epsilon offload_ema ema_snapshot_steps gradient_checkpointing enable_xformers_memory_efficient_attention
-    cache_latents compile deterministic output_kohya_format
+    cache_latents compile deterministic output_kohya_format kohya_dtype
     output_dir overwrite_output_dir checkpointing_steps checkpoints_total_limit resume_from_checkpoint
     allow_resume_mismatch verify_checkpoint on_nan on_loss_spike validation_prompt num_validation_images
     validation_steps validation_epochs validation_scheduler validation_num_inference_steps validation_guidance_scale

@@ -1,13 +1,17 @@
 """Adapter files in other programs' naming: golden names, and the same picture through diffusers' own reader of them."""
 
+import hashlib
+import importlib
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_save
 
 from utils import adapters, models, saved
 from utils.adapters import files
@@ -43,30 +47,42 @@ def stock(folder):
     return DiffusionPipeline.from_pretrained(folder)
 
 
+def as_lycoris_keeps_dora(folder):
+    """The DoRA of a folder in kohya's naming, its lengths as dora_scale, one for each row: read here, never written."""
+    found, _ = files.read(folder / adapters.FILE)
+    plain = {n: {layer: parts | {} for layer, parts in layers.items()} for n, layers in found.items()}
+    lengths = {}
+    for network, layers in plain.items():
+        for layer, parts in layers.items():
+            name = files.kohya_name(network, layer, "text_encoder_2" in found)
+            lengths[f"{name}.dora_scale"] = parts.pop("magnitude").view(-1, *[1] * (parts["down"].dim() - 1))
+    files.save(files.kohya(plain, sgm=False) | lengths, folder / adapters.KOHYA_FILE, {})
+
+
 # --- Names -------------------------------------------------------------------------------------------------------
 
-GOLDEN = {  # layer of a tiny SDXL -> its name, and the shapes of down, up and dora_scale at rank 2
+GOLDEN = {  # layer of a tiny SDXL -> its name, and the shapes of down and up at rank 2
     "mid_block.attentions.0.transformer_blocks.1.attn2.to_out.0": (
         "lora_unet_mid_block_attentions_0_transformer_blocks_1_attn2_to_out_0",
-        [(2, 16), (16, 2), (16, 1)],
+        [(2, 16), (16, 2)],
     ),
     "down_blocks.1.resnets.0.conv1": (
         "lora_unet_down_blocks_1_resnets_0_conv1",
-        [(2, 8, 3, 3), (16, 2, 1, 1), (16, 1, 1, 1)],
+        [(2, 8, 3, 3), (16, 2, 1, 1)],
     ),
-    "layers.0.self_attn.k_proj": ("lora_te{}_text_model_encoder_layers_0_self_attn_k_proj", [(2, 0), (0, 2), (0, 1)]),
+    "layers.0.self_attn.k_proj": ("lora_te{}_text_model_encoder_layers_0_self_attn_k_proj", [(2, 0), (0, 2)]),
 }
 
 
 def test_golden_names_and_shapes(sdxl, tmp_path):
-    learns = trained(loaded(sdxl), rank=2, alpha=1, dora=True, text_encoder=True, targets=list(GOLDEN))
+    learns = trained(loaded(sdxl), rank=2, alpha=1, text_encoder=True, targets=list(GOLDEN))
     learns.save(tmp_path, output_kohya_format=True)
     stored = load_file(tmp_path / adapters.KOHYA_FILE)
     want = {}
     for name, shapes in GOLDEN.values():
         for encoder, width in (("1", 16), ("2", 24)) if "{}" in name else (("", None),):
             own = [tuple(size or width for size in shape) for shape in shapes]
-            parts = zip(("lora_down.weight", "lora_up.weight", "dora_scale", "alpha"), [*own, ()])
+            parts = zip(("lora_down.weight", "lora_up.weight", "alpha"), [*own, ()])
             want |= {f"{name.format(encoder)}.{part}": shape for part, shape in parts}
     assert {key: tuple(weight.shape) for key, weight in stored.items()} == want
     assert {weight.item() for key, weight in stored.items() if key.endswith(".alpha")} == {1.0}
@@ -285,7 +301,8 @@ def test_dora_comes_back_from_kohyas_naming(model, request, tmp_path):
     folder = request.getfixturevalue(model)
     family = loaded(folder)
     options = {"rank": 2, "alpha": 3, "dora": True, "text_encoder": True, "lora_conv_rank": 2}
-    trained(family, **options).save(tmp_path, output_kohya_format=True)
+    trained(family, **options).save(tmp_path)
+    as_lycoris_keeps_dora(tmp_path)
     ours = drawn(family.pipeline())
     found, _ = files.read(tmp_path / adapters.KOHYA_FILE)
     pipeline = stock(folder)
@@ -302,7 +319,8 @@ def test_diffusers_own_reader_of_kohyas_names_understands_dora(sdxl, tmp_path):
     from diffusers.loaders import lora_conversion_utils as theirs
 
     family = loaded(sdxl)
-    trained(family, rank=2, alpha=3, dora=True, text_encoder=True).save(tmp_path, output_kohya_format=True)
+    trained(family, rank=2, alpha=3, dora=True, text_encoder=True).save(tmp_path)
+    as_lycoris_keeps_dora(tmp_path)
     ours = drawn(family.pipeline())
     state, alphas = theirs._convert_non_diffusers_lora_to_diffusers(load_file(tmp_path / adapters.KOHYA_FILE))
     state = {name: weight.flatten() if "magnitude" in name else weight for name, weight in state.items()}
@@ -360,3 +378,180 @@ def test_the_base_is_called_as_other_programs_call_it(label, encoders, width, pr
     assert (told["modelspec.architecture"], told["ss_base_model_version"], told["ss_v2"]) == want
     family.label = "deepfloyd-if"
     assert adapters.describe_base(family) == {}
+
+
+# --- What a run leaves for kohya's programs ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def train(sd1, photos, tmp_path):
+    def run(words="", name="dog", script="train_dreambooth_lora", model=sd1):
+        module = importlib.import_module(script)
+        options = (
+            f"--pretrained_model_name_or_path '{model}' --output_dir '{tmp_path / name}' --report_to none --seed 3"
+            f" --instance_data_dir '{photos}' --instance_prompt 'a photo of sks dog, outdoors' --rank 2 --lora_alpha 3"
+            f" --train_batch_size 1 --learning_rate 1e-2 --checkpointing_steps 1 --scores none"
+        )
+        options += "" if "--max_train_steps" in words else " --max_train_steps 1"
+        module.main(module.parse_args(shlex.split(f"{options} {words}")))
+        return tmp_path / name
+
+    return run
+
+
+def header_of(file):
+    with safe_open(str(file), framework="pt") as stored:
+        return stored.metadata()
+
+
+def test_a_run_leaves_a_file_for_kohyas_programs(train, sd1, photos, tmp_path):
+    folder = train("--train_text_encoder --noise_offset 0.1 --snr_gamma 5")
+    assert not (folder / "checkpoint-1" / adapters.KOHYA_FILE).exists()
+    assert saved.lora_file(str(folder), []) == folder / adapters.FILE  # what infer.py draws with
+    stored, header = load_file(folder / adapters.KOHYA_FILE), header_of(folder / adapters.KOHYA_FILE)
+    assert {key.rsplit("_", 1)[0][:8] for key in stored} == {"lora_une", "lora_te_"}
+    assert {weight.item() for key, weight in stored.items() if key.endswith(".alpha")} == {3.0}
+    assert {weight.dtype for weight in stored.values()} == {torch.float32}
+    pipelines = [stock(sd1), stock(sd1)]
+    for pipeline, name in zip(pipelines, (adapters.FILE, adapters.KOHYA_FILE)):
+        pipeline.load_lora_weights(folder, weight_name=name)
+    one, two = map(drawn, pipelines)
+    assert abs(one - two).max() < 1e-4 < 0.001 < abs(one - drawn(stock(sd1))).max()
+
+    count = len(list(photos.iterdir()))
+    want = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": "dog",
+        "modelspec.resolution": "64x64",
+        "modelspec.prediction_type": "epsilon",
+        "modelspec.trigger_phrase": "a photo of sks dog, outdoors",
+        "ss_output_name": "dog",
+        "ss_base_model_version": "sd_v1",
+        "ss_v2": "False",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "2",
+        "ss_network_alpha": "3",
+        "ss_learning_rate": "0.01",
+        "ss_optimizer": "adamw",
+        "ss_lr_scheduler": "constant",
+        "ss_seed": "3",
+        "ss_steps": "1",
+        "ss_max_train_steps": "1",
+        "ss_epoch": "1",
+        "ss_num_train_images": str(count),
+        "ss_num_reg_images": "0",
+        "ss_num_batches_per_epoch": str(count),
+        "ss_batch_size_per_device": "1",
+        "ss_total_batch_size": "1",
+        "ss_resolution": "(64, 64)",
+        "ss_mixed_precision": "no",
+        "ss_noise_offset": "0.1",
+        "ss_min_snr_gamma": "5.0",
+        "ss_loss_type": "l2",
+        "ss_random_crop": "True",
+    }
+    assert {key: header.get(key) for key in want} == want
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d", header["modelspec.date"])
+    assert 0 <= float(header["ss_training_finished_at"]) - float(header["ss_training_started_at"]) < 600
+    name = "1_images"
+    assert json.loads(header["ss_dataset_dirs"]) == {name: {"n_repeats": 1, "img_count": count}}
+    assert json.loads(header["ss_tag_frequency"]) == {name: {"a photo of sks dog": count, "outdoors": count}}
+    text = json.dumps(header)
+    assert not any(str(path) in text for path in (sd1, photos, tmp_path)) and "/tmp" not in text
+    assert adapters.METADATA not in header  # diffusers refuses alphas beside it
+    both = header_of(folder / adapters.FILE)
+    assert {key: both.get(key) for key in want} == want and not [key for key in both if key.startswith("sshs")]
+    assert sorted(key for key in header if key.startswith("sshs")) == ["sshs_legacy_hash", "sshs_model_hash"]
+
+    # Half precision, and a run that wants none: then an earlier one's does not stay.
+    train("--overwrite_output_dir --kohya_dtype fp16")
+    assert {weight.dtype for weight in load_file(folder / adapters.KOHYA_FILE).values()} == {torch.float16}
+    train("--resume_from_checkpoint latest --max_train_steps 2 --output_kohya_format no")
+    assert (folder / adapters.FILE).exists() and not (folder / adapters.KOHYA_FILE).exists()
+
+
+def test_of_dora_no_file_is_left_that_others_misread(train, capsys):
+    folder = train("--use_dora")
+    said = capsys.readouterr().out
+    assert not (folder / adapters.KOHYA_FILE).exists()
+    assert f"python -m utils.adapters export {folder} dora.safetensors --dora diff (or --dora lora --rank 16)" in said
+    with pytest.raises(SystemExit):
+        train("--use_dora --output_kohya_format", "other")
+    said = capsys.readouterr().err
+    assert "--output_kohya_format with --use_dora" in said and "export" in said and "--dora diff" in said
+
+
+def test_loha_is_in_kohyas_naming_as_it_is(train):
+    folder = train("--adapter loha")
+    assert not (folder / adapters.KOHYA_FILE).exists()
+    header = header_of(folder / adapters.FILE)
+    assert header["ss_network_module"] == "lycoris.kohya" and header["ss_steps"] == "1" and "sshs_model_hash" in header
+
+
+def test_the_file_of_sdxl_and_of_a_pivotal_run(train, sdxl):
+    words = "--train_text_encoder_ti --text_encoder_lr 1e-3 --token_abstraction sks --use_ema"
+    folder = train(words, "xl", "train_dreambooth_lora_sdxl", sdxl)
+    header = header_of(folder / adapters.KOHYA_FILE)
+    assert header["modelspec.implementation"] == "https://github.com/Stability-AI/generative-models"
+    assert header["ss_base_model_version"] == "sdxl_base_v1-0" and header["ss_steps"] == "1"
+    one, two = (files.read(folder / name)[0]["unet"] for name in (adapters.FILE, adapters.KOHYA_FILE))
+    assert (
+        all(torch.allclose(parts["up"], two[layer]["up"]) for layer, parts in one.items()) and one.keys() == two.keys()
+    )
+
+
+def test_a_weight_too_large_for_half_precision_leaves_the_file_out_and_is_said(sd1, tmp_path, capsys):
+    learns = trained(loaded(sd1), rank=2)
+    learns.save(tmp_path, output_kohya_format=True)
+    with torch.no_grad():
+        learns.parameters()[0][0, 0] = 1e5
+    learns.save(tmp_path, output_kohya_format=True, kohya_dtype="fp16")
+    assert "--kohya_dtype fp16" in capsys.readouterr().err and not (tmp_path / adapters.KOHYA_FILE).exists()
+    assert load_file(tmp_path / adapters.FILE)
+
+
+def test_hashes_are_those_that_kohyas_scripts_compute(tmp_path):
+    """sd-scripts serializes the weights with the ss_ entries alone, then hashes what follows the header, and the 64 KiB
+    at one MiB."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {f"lora_unet_{n}.diff": torch.randn(500, 400, generator=generator) for n in range(3)}
+    header = {"format": "pt", "ss_seed": "3", "modelspec.title": "x" * 5000, "ss_steps": "7"}
+    files.save(weights, tmp_path / "a.safetensors", header, hashed=True)
+    told = header_of(tmp_path / "a.safetensors")
+    data = safetensors_save(weights, {"ss_seed": "3", "ss_steps": "7"})
+    start = 8 + int.from_bytes(data[:8], "little")
+    assert told["sshs_model_hash"] == hashlib.sha256(data[start:]).hexdigest()
+    assert told["sshs_legacy_hash"] == hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+    assert {key: told[key] for key in header} == header
+    # A1111 computes the first one from the file itself, where it is not told.
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    assert told["sshs_model_hash"] == hashlib.sha256(whole[8 + int.from_bytes(whole[:8], "little") :]).hexdigest()
+
+
+def test_frequent_tags_of_large_sets_only():
+    from types import SimpleNamespace as Fake
+
+    rows = [Fake(caption=("a dog, Park", f"tag {n}"), repeats=2, concept=0) for n in range(3000)]
+    told = adapters.metadata._of_images([*rows, Fake(caption="ink", repeats=1, concept=1)], repeats=3)
+    tags = json.loads(told["ss_tag_frequency"])
+    assert len(tags["6_images"]) == adapters.metadata.MOST_TAGS and tags["6_images"]["park"] == 3000
+    assert json.loads(told["ss_dataset_dirs"])["3_images_2"] == {"n_repeats": 3, "img_count": 1}
+    assert adapters.metadata._of_images([], 1) == {}
+
+
+def test_clip_skip_is_told_as_kohya_counts_it_and_secrets_are_not_told():
+    """There 1 means the last layer, here that one is left out."""
+    from types import SimpleNamespace as Fake
+
+    from utils.datasets import DreamBooth
+
+    accelerator = Fake(mixed_precision="fp16")
+    config = {"train_batch_size": 2, "gradient_accumulation_steps": 3, "clip_skip": 1}
+    config |= {"concepts_list": [{"instance_prompt": "a"}, {"instance_prompt": "my hf_abcdefghijklmnopqrstuvwx"}]}
+    run = Fake(config=config, world=2, seed=1, step=5, total=9, accelerator=accelerator)
+    run.session = {"began": "2026-01-02 03:04:05"}
+    told = adapters.metadata.of_run(run, DreamBooth([], size=64))
+    assert (told["ss_clip_skip"], told["modelspec.encoder_layer"], told["ss_total_batch_size"]) == ("2", "2", "12")
+    assert told["modelspec.trigger_phrase"] == "a, my [secret]"

@@ -326,7 +326,11 @@ def trained(base, folder, seed=0, **options):
     with torch.no_grad():
         for number, weight in enumerate(learns.parameters()):
             weight.add_(0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed + number)))
-    learns.save(folder, output_kohya_format=True)
+    learns.save(folder, output_kohya_format=not options.get("dora"))
+    if options.get("dora"):
+        from test_formats import as_lycoris_keeps_dora
+
+        as_lycoris_keeps_dora(folder)
     return family, folder
 
 

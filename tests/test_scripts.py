@@ -99,6 +99,7 @@ def test_lora_leaves_what_it_promises_and_stock_diffusers_draws_the_same(train, 
     left = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     assert left == {
         "pytorch_lora_weights.safetensors",
+        "pytorch_lora_weights_kohya.safetensors",
         "README.md",
         "report.html",
         "metrics.jsonl",

@@ -229,7 +229,8 @@ def test_a_token_stays_in_memory_and_a_hostile_prompt_stays_text(sd1, photos, tm
     # What went to the hub: a list of names, into a repository that nobody else sees.
     assert set(server.repos.values()) == {"private"}
     kinds = {re.sub(r"samples/.*", "samples", name) for name in server.files}
-    assert kinds == {"pytorch_lora_weights.safetensors", "README.md", "training_config.yaml", "samples"}
+    weights = {"pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"}
+    assert kinds == {*weights, "README.md", "training_config.yaml", "samples"}
     # The prompt is shown, and is nothing but text.
     page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page and "{{ 7*7 }}" in page

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from utils.checkpoints import manifests
-from utils.saved import LORA_FILE, READY, STAGED
+from utils.saved import KOHYA_FILE, LORA_FILE, READY, STAGED
 
 KEYS = ("model_index.json", LORA_FILE)  # by these a result is recognised
 # Weights as diffusers and transformers call them. Older ones must not stay beside newer ones that are split otherwise.
@@ -70,6 +70,8 @@ def _move(staged: Path, inside: Path, folder: Path) -> None:
         for key in KEYS:
             if key in names:
                 (folder / key).unlink(missing_ok=True)
+        if LORA_FILE in names and KOHYA_FILE not in names:  # made of the weights that are replaced
+            (folder / KOHYA_FILE).unlink(missing_ok=True)
         manifests.sync(folder)
         for part in {Path(name).parts[0] for name in names if "/" in name}:
             for old in (folder / part).glob("*"):

@@ -17,6 +17,7 @@ from pathlib import Path
 from utils import errors, models, strict
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"  # the same for A1111, ComfyUI and kohya's scripts
 EMBEDDINGS_FILE = "learned_embeddings.safetensors"
 STAGED = ".tmp-result-"  # while a result is replaced, the new one is in a folder of this name
 READY = "ready.json"  # in it: names the files of the result; written when all of them are complete
@@ -246,7 +247,9 @@ def with_averages(file: Path, averages: dict, target: Path) -> Path:
         # tokens that were learned beside the adapters have a file of their own.
         if key := names.get(key):
             whole[key][tuple(slice(size) for size in average.shape)] = average
-    save_file(whole, str(target), metadata=header(file).get("__metadata__"))
+    told = header(file).get("__metadata__") or {}
+    # The hashes are of the weights that were replaced.
+    save_file(whole, str(target), metadata={key: text for key, text in told.items() if not key.startswith("sshs_")})
     shared(target)
     return target
 

@@ -85,9 +85,12 @@ class WithTokens:
         output_kohya_format: bool = False,
         mark: str = "",
         token_abstraction: Sequence[str] = (),  # given where the result is saved: one more file for each word
+        kohya_dtype: str = "fp32",
+        about: dict[str, str] | None = None,
+        output_dir: str | None = None,
     ) -> None:
         """The adapters' files and one of fp32 rows; its header says which word stands for which tokens."""
-        self.adapters.save(folder, output_kohya_format, mark)
+        self.adapters.save(folder, output_kohya_format, mark, kohya_dtype, about, output_dir)
         rows = {key: weight.detach().cpu().contiguous() for key, weight in self.weights.items()}
         told = {"format": "pt", "tokens": json.dumps(self.names)}
         file = marked(Path(folder, EMBEDDINGS_FILE), mark)

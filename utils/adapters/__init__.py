@@ -9,6 +9,7 @@ Kronecker product.
 import itertools
 import json
 import math
+import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +19,12 @@ from safetensors import safe_open
 
 from utils import errors, learning, quantize, randomness, saved, sharded, tokens
 from utils import targets as names
-from utils.adapters import files, starts
+from utils.adapters import files, metadata, starts  # noqa: F401 - scripts call adapters.metadata
 from utils.adapters.files import METADATA
+from utils.arguments.relations import DORA_EXPORT
 
 FILE = "pytorch_lora_weights.safetensors"
-KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
+KOHYA_FILE = saved.KOHYA_FILE
 ADAPTER = "default"  # the name peft keeps our adapter under inside each layer
 START = "start"  # that of the part of the base which learns in ADAPTER, and so is taken away here
 
@@ -329,6 +331,7 @@ class Adapters:
             "format": "pt",
             **self.about_base,
             "modelspec.title": title,
+            "ss_output_name": title,
             "ss_network_module": module,
             "ss_network_dim": str(unet["r"]),
             "ss_network_alpha": f"{unet['lora_alpha']:g}",
@@ -343,17 +346,27 @@ class Adapters:
             header["base_model"] = header["ss_sd_model_name"] = self.base
         return header
 
-    def save(self, folder: str | Path, output_kohya_format: bool = False, mark: str = "") -> None:
+    def save(
+        self,
+        folder: str | Path,
+        output_kohya_format: bool = False,
+        mark: str = "",
+        kohya_dtype: str = "fp32",  # precision of the file for kohya's programs
+        about: dict[str, str] | None = None,  # of a finished run: `metadata.of_run`
+        output_dir: str | None = None,  # where the result of the run will be
+    ) -> None:
         """One file of fp32 weights for stock `load_lora_weights`, and one for A1111, ComfyUI and kohya if asked.
 
         LoHa and LoKr, which stock diffusers does not read, are named as in LyCORIS in both."""
-        header = self.header(Path(folder).name)
-        files.save(self.weights(), saved.marked(Path(folder, FILE), mark), header)
+        finished = about is not None
+        header = self.header(Path(folder).name) | (about or {})
+        file = saved.marked(Path(folder, FILE), mark)
+        files.save(self.weights(), file, header, hashed=finished and self.kind != "lora")
         if output_kohya_format:
-            found, _ = files.read(Path(folder, FILE))
-            # Alphas stand beside the weights there, and diffusers refuses a file that says them twice.
-            header = {key: value for key, value in header.items() if key != METADATA}
-            files.save(files.kohya(found, self.sgm), Path(folder, KOHYA_FILE), header)
+            write_kohya(folder, kohya_dtype, self.sgm)
+        if output_dir and self.configs["unet"]["use_dora"]:
+            export = DORA_EXPORT.format(folder=shlex.quote(output_dir))
+            print(f"for ComfyUI and A1111, which read a DoRA differently: {export}", flush=True)
 
     def load(self, folder: str | Path, mark: str = "") -> None:
         """The exact inverse of save, in place; a file of other adapters is refused."""
@@ -375,6 +388,20 @@ class Adapters:
                     for name, value in zip((ADAPTER, START), stored[key].chunk(2, dim)):
                         value = value if name == ADAPTER else sign * value
                         half[name].weight.copy_(sharded.part(value.contiguous(), half[name].weight))
+
+
+def write_kohya(folder: str | Path, dtype: str = "fp32", sgm: bool | None = None) -> None:
+    """KOHYA_FILE beside FILE, with the same weights; `sgm` as in `files.kohya`, None: as the file tells."""
+    found, header = files.read(Path(folder, FILE))
+    # Alphas stand beside the weights there, and diffusers refuses a file that says them twice.
+    header = {key: value for key, value in header.items() if key != METADATA}
+    target = Path(folder, KOHYA_FILE)
+    try:
+        weights = files.kohya(found, files.has_sgm_names(found, header) if sgm is None else sgm)
+        files.save(files.narrowed(weights, dtype), target, header, hashed=True)
+    except OverflowError as problem:  # the other file holds all that was learned
+        target.unlink(missing_ok=True)
+        errors.warn(f"--kohya_dtype {dtype}: {target} was not written: {problem}")
 
 
 def file_key(name: str, key: str) -> str:

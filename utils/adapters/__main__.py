@@ -2,6 +2,7 @@
 
 python -m utils.adapters export runs/dog dog_kohya.safetensors              for A1111, ComfyUI, kohya
 python -m utils.adapters export runs/dog dog_peft --format peft             a folder a network, for PEFT
+python -m utils.adapters export runs/dora dog.safetensors --dora diff       a DoRA as its full differences
 python -m utils.adapters import found.safetensors dog                       from kohya's naming to diffusers'
 python -m utils.adapters merge MODEL runs/dog:0.8 ink.safetensors --output_dir merged
 python -m utils.adapters extract MODEL runs/dog-full dog.safetensors --rank 16
@@ -9,6 +10,7 @@ python -m utils.adapters extract MODEL runs/dog-full dog.safetensors --rank 16
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 
 from utils import errors, saved
@@ -25,6 +27,12 @@ def main(argv=None) -> int:
         formats = ("kohya", "peft", "diffusers") if what == "export" else ("diffusers",)
         one.add_argument("--format", choices=formats, default=formats[0], help="(default: %(default)s)")
         one.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="(default: %(default)s)")
+        if what == "export":
+            help = "how to write a DoRA for kohya: full differences of the weights (exact, large), or the nearest LoRA"
+            one.add_argument("--dora", choices=("diff", "lora"), help=help)
+            one.add_argument("--rank", type=_at_least_one, help="rank of --dora lora (default: 16)")
+            help = "base model of --dora: pipeline folder, hub name, or toybox (default: the recorded one)"
+            one.add_argument("--base", help=help)
     one = kinds.add_parser("merge", help="a base model and adapters => a whole pipeline", allow_abbrev=False)
     one.add_argument("model", help="pipeline folder, hub name, or toybox")
     one.add_argument("lora", nargs="+", metavar="LORA[:SCALE]", help="LoRA folders or files and their strengths")
@@ -64,8 +72,6 @@ def refuse_existing(path: Path) -> None:
 
 
 def convert(args) -> None:
-    import torch
-
     from utils.adapters import FILE, files
 
     (lora,) = find([args.lora])
@@ -80,14 +86,20 @@ def convert(args) -> None:
         for name in words.values():
             refuse_existing(target.parent / name)
     found, header = files.read(lora.file)
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
-    header = {"format": "pt", **{key: value for key, value in header.items() if key != files.METADATA}}
+    # The hashes are those of the other file.
+    strangers = (files.METADATA, "sshs_model_hash", "sshs_legacy_hash")
+    header = {"format": "pt", **{key: value for key, value in header.items() if key not in strangers}}
+    if args.what == "export":
+        found = settle_dora(args, lora, found, header)
 
     def narrowed(weights: dict) -> dict:
-        return {key: weight.to(dtype) for key, weight in weights.items()}
+        try:
+            return files.narrowed(weights, args.dtype)
+        except OverflowError as problem:
+            errors.refuse(f"--dtype {args.dtype}: {problem}")
 
     if args.format == "kohya":
-        files.save(narrowed(files.kohya(found, files.has_sgm_names(found, header))), target, header)
+        files.save(narrowed(files.kohya(found, files.has_sgm_names(found, header))), target, header, hashed=True)
     elif args.format == "diffusers":
         weights, config = files.diffusers(found)
         files.save(narrowed(weights), target, header | {files.METADATA: json.dumps(config, indent=2, sort_keys=True)})
@@ -104,14 +116,53 @@ def convert(args) -> None:
             print(f"{target.parent / name}: the embedding of {word}; put it into the program's folder of embeddings")
 
 
-def load(name: str, parts=None):
+def settle_dora(args, lora, found: dict, header: dict) -> dict:
+    """What is written of a DoRA for kohya's programs, none of which reads one as it was trained."""
+    from utils.adapters import files, merging
+
+    needed = args.format == "kohya" and files.is_dora(found)
+    if not needed:
+        if args.dora or args.rank or args.base:
+            why = f"{args.lora} is not a DoRA" if args.format == "kohya" else f"--format {args.format} keeps a DoRA"
+            errors.refuse(f"--dora, --rank and --base write a DoRA for kohya's programs, and {why}: remove them")
+        return found
+    if not args.dora:
+        command = f"python -m utils.adapters export {shlex.join([args.lora, str(args.output)])}"
+        errors.refuse(
+            f"{args.lora} is a DoRA: ComfyUI and Forge, A1111, and kohya's scripts read one differently, and none as it"
+            f" was trained. Write its full differences, which they read exactly: {command} --dora diff; or a small LoRA"
+            f" close to it: {command} --dora lora --rank 16"
+        )
+    if args.rank and args.dora == "diff":
+        errors.refuse("--rank with --dora diff: full differences have no rank; remove it or use --dora lora")
+    base = saved.Base(args.base) if args.base else saved.recorded_base(lora.file)
+    if not base:
+        errors.refuse(f"--dora needs the base model, which is not recorded beside {lora.file}: add --base MODEL")
+    family = load(base.name, [], base.revision, base.variant)
+    if strange := found.keys() - set(family.names):
+        errors.refuse(f"--base {base.name} has no {', '.join(sorted(strange))}: {args.lora} belongs to another family")
+    modules = {name: family.load_module(name, family.dtype) for name in found}
+    rank = None if args.dora == "diff" else args.rank or 16
+    made, shares = merging.without_dora(modules, found, rank, args.lora)
+    for key in ("ss_network_dim", "ss_network_alpha", "ss_network_args"):
+        header.pop(key, None)
+    if rank:
+        header |= {"ss_network_module": "networks.lora", "ss_network_dim": f"{rank}", "ss_network_alpha": f"{rank}"}
+        for network, share in shares.items():
+            print(f"{network}: rank {rank} keeps {100 * share:.1f} % of the squared change")
+    else:
+        header |= {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": "full"})}
+    return made
+
+
+def load(name: str, parts=None, revision: str | None = None, variant: str | None = None):
     import torch
 
     from utils import models
     from utils.runtime import startup
 
     startup.quiet()
-    family = models.family_of(name)
+    family = models.family_of(name, revision, variant)
     family.load("cpu", torch.float32, parts=parts)
     return family
 

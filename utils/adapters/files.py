@@ -6,6 +6,7 @@ counts alpha / rank. Layers are called as in diffusers; those of text encoders b
 transformers 5 dropped that level inside CLIPTextModel, because every other program reads them so.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 
 from utils import errors, saved
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 METADATA = "lora_adapter_metadata"  # where diffusers looks for rank and alpha in the file's header
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}  # kohya's, for SDXL
 NETWORKS = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2"}
@@ -30,6 +32,7 @@ DIFFUSERS = re.compile(
 PARTS = {"down": "down", "up": "up", "lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "magnitude"}
 KOHYA = re.compile(r"(lora_unet|lora_te1|lora_te2|lora_te)_(\w+)\.(lora_down\.weight|lora_up\.weight|\w+)")
 KOHYA_PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "dora_scale": "magnitude", "alpha": "alpha"}
+KOHYA_PARTS |= {"diff": "diff"}  # what a layer's weight changes by, whole: LyCORIS calls it "full"
 LYCORIS_PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 LYCORIS_PARTS += ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
@@ -116,8 +119,9 @@ def is_named_by_diffusers(file: str | Path) -> bool:
 
 
 def is_lycoris(file: str | Path) -> bool:
+    """Whether stock diffusers does not load it: LoHa, LoKr, whole differences."""
     with safe_open(str(file), framework="pt") as stored:
-        return any(key.endswith(LYCORIS_PARTS) for key in stored.keys())  # noqa: SIM118 - not a dict
+        return any(key.endswith((*LYCORIS_PARTS, ".diff")) for key in stored.keys())  # noqa: SIM118 - not a dict
 
 
 def network_of(key: str) -> str:
@@ -155,7 +159,7 @@ def _by_pattern(patterns: dict | None, layer: str, otherwise):
 
 
 def rank_of(parts: dict) -> int | None:
-    """None for a LoKr of two whole matrices, which has no rank and no alpha."""
+    """None for a LoKr of two whole matrices and for a whole difference, which have no rank and no alpha."""
     return next((len(parts[name]) for name in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if name in parts), None)
 
 
@@ -251,19 +255,22 @@ def kohya(found: dict, sgm: bool) -> dict[str, torch.Tensor]:
     """
     weights = {}
     for network, layers in found.items():
-        alphas = {parts["alpha"] for parts in layers.values()}
-        common = max(alphas)
+        common = max(parts["alpha"] for parts in layers.values())
         for layer, parts in layers.items():
             name = kohya_name(network, layer, sgm or "text_encoder_2" in found, sgm)
+            if "magnitude" in parts:
+                # ComfyUI divides the rows by |W| instead of |W + delta|, A1111 measures columns, kohya ignores lengths.
+                raise ValueError(
+                    "no program reads a DoRA in kohya's naming as it was trained; see merging.without_dora"
+                )
             if "down" not in parts:
                 weights |= {f"{name}.{part}": weight for part, weight in parts.items() if part != "alpha"}
-                weights[f"{name}.alpha"] = torch.tensor(float(parts["alpha"]))
+                if "diff" not in parts:
+                    weights[f"{name}.alpha"] = torch.tensor(float(parts["alpha"]))
                 continue
             weights[f"{name}.lora_down.weight"] = parts["down"]
             weights[f"{name}.lora_up.weight"] = parts["up"] * (parts["alpha"] / common)
             weights[f"{name}.alpha"] = torch.tensor(float(common))
-            if "magnitude" in parts:  # (out, 1) or (out, 1, 1, 1): what one divides by the lengths of the rows
-                weights[f"{name}.dora_scale"] = parts["magnitude"].view(-1, *[1] * (parts["down"].dim() - 1))
     return weights
 
 
@@ -333,13 +340,48 @@ def peft_config(layers: dict) -> dict:
 
 def need_lora(layers: dict) -> None:
     if any("down" not in parts for parts in layers.values()):
-        errors.refuse("LoHa and LoKr have no form that diffusers or PEFT folders read; they stay in kohya's naming")
+        kinds = "LoHa, LoKr and whole differences"
+        errors.refuse(f"{kinds} have no form that diffusers or PEFT folders read; they stay in kohya's naming")
 
 
-def save(weights: dict[str, torch.Tensor], file: str | Path, header: dict[str, str]) -> None:
+def is_dora(found: dict) -> bool:
+    return any("magnitude" in parts for layers in found.values() for parts in layers.values())
+
+
+def narrowed(weights: dict[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
+    """In this precision; OverflowError names a weight that it cannot hold."""
+    made = {key: weight.detach().to(DTYPES[dtype]) for key, weight in weights.items()}
+    for key, weight in made.items():
+        if not weight.isfinite().all() and weights[key].isfinite().all():
+            raise OverflowError(f"{key} holds {weights[key].abs().max():.4g}, more than {dtype} can; use bf16 or fp32")
+    return made
+
+
+def save(
+    weights: dict[str, torch.Tensor],
+    file: str | Path,
+    header: dict[str, str],
+    hashed: bool = False,  # with the hashes by which A1111 and others know a file in kohya's naming
+) -> None:
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: weight.detach().cpu().contiguous() for key, weight in weights.items()}, str(file), metadata=header)
+    weights = {key: weight.detach().cpu().contiguous() for key, weight in weights.items()}
+    if hashed:  # of a file whose header holds the ss_ entries alone, so that others may be edited
+        save_file(weights, str(file), metadata={key: text for key, text in header.items() if key.startswith("ss_")})
+        header = header | hashes(file)
+    save_file(weights, str(file), metadata=header)
     saved.shared(file)
+
+
+def hashes(file: str | Path) -> dict[str, str]:
+    """As the first program that showed LoRA files defined them: of all weights, and of 64 KiB one MiB into the file."""
+    whole = hashlib.sha256()
+    with open(file, "rb") as stream:
+        stream.seek(8 + int.from_bytes(stream.read(8), "little"))
+        while block := stream.read(2**20):
+            whole.update(block)
+        stream.seek(2**20)
+        old = hashlib.sha256(stream.read(2**16))
+    return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": old.hexdigest()[:8]}
 
 
 def stock(found: dict) -> dict[str, torch.Tensor]:

@@ -295,7 +295,10 @@ def add_lora(parser: argparse.ArgumentParser, rank: int = 4) -> None:
     add("use_blora", flag, False, help)
     help = "keep the UNet's frozen weights in 4 or 8 bits: less memory, slower (https://arxiv.org/abs/2305.14314)"
     add("quantize_base", choice("nf4", "int8", "fp8"), None, help)
-    add("output_kohya_format", flag, False, "also write a file for AUTOMATIC1111, ComfyUI, kohya")
+    help = "also write pytorch_lora_weights_kohya.safetensors, for AUTOMATIC1111, ComfyUI and kohya's scripts"
+    add("output_kohya_format", flag, None, help, unset="yes; no for DoRA, LoHa and LoKr")
+    help = "precision of pytorch_lora_weights_kohya.safetensors; fp16 halves the file"
+    add("kohya_dtype", choice("fp32", "fp16"), "fp32", help)
 
 
 def add_length(parser: argparse.ArgumentParser, train_batch_size: int = 4, num_train_epochs: int = 1) -> None:

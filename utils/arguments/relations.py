@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import os
+import shlex
 import sys
 from dataclasses import dataclass, field
 
@@ -16,6 +17,9 @@ IF_ONLY = ("tokenizer_max_length", "text_encoder_use_attention_mask", "class_lab
 # What --adapter loha and lokr have no use for, and the value that means it is not asked for.
 LORA_ONLY = {"use_dora": False, "use_rslora": False, "lora_dropout": 0, "init_lora_weights": "gaussian"}
 LORA_ONLY |= {"loraplus_lr_ratio": None}
+
+# How a DoRA is written for other programs once it is trained.
+DORA_EXPORT = "python -m utils.adapters export {folder} dora.safetensors --dora diff (or --dora lora --rank 16)"
 
 PROMPTS = ("instance_prompt", "class_prompt", "validation_prompt", "test_prompts")
 
@@ -38,6 +42,7 @@ NEEDS = {
     "token_abstraction": "train_text_encoder_ti",
     "num_new_tokens_per_abstraction": "train_text_encoder_ti",
     "lokr_factor": "adapter lokr",
+    "kohya_dtype": "output_kohya_format",
     "dataset_config_name": "dataset_name",
     "shuffle_buffer": "streaming",
     "ema_decay": "use_ema",
@@ -330,6 +335,14 @@ def _adapters(args, has, given: dict, found: Findings) -> None:
         found.complaints.append("--init_lora_weights orthogonal needs even ranks: A and B take half each")
     if has("loraplus_lr_ratio") and has("optimizer") == "prodigy":
         found.complaints.append("--loraplus_lr_ratio with --optimizer prodigy, which has one step size for all weights")
+    if has("output_kohya_format") and has("use_dora"):
+        export = DORA_EXPORT.format(folder=shlex.quote(args.output_dir))
+        found.complaints.append(
+            "--output_kohya_format with --use_dora: ComfyUI, AUTOMATIC1111 and kohya's scripts read a DoRA differently,"
+            f" and none as it was trained. Remove --output_kohya_format. After training, run {export}"
+        )
+    elif "adapter" in args and args.output_kohya_format is None:  # LoHa and LoKr have kohya's naming anyway
+        args.output_kohya_format = kind == "lora" and not has("use_dora")
     if has("use_blora"):
         if has("lora_unet_blocks"):
             found.complaints.append("--use_blora means --lora_unet_blocks content style; leave one of them out")

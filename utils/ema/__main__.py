@@ -86,6 +86,7 @@ def pipeline(args, settings: dict, snapshots: list, shares) -> None:
 
 def lora(args, settings: dict, snapshots: list, shares) -> None:
     """Files as the run saved them, result or checkpoint, with these averages in the place of their weights."""
+    from utils.adapters import write_kohya
     from utils.adapters.files import own_key
     from utils.checkpoints import manifests
 
@@ -104,6 +105,8 @@ def lora(args, settings: dict, snapshots: list, shares) -> None:
         from utils import tokens
 
         tokens.split(args.output_dir / saved.EMBEDDINGS_FILE, args.output_dir)
+    if settings.get("output_kohya_format"):
+        write_kohya(args.output_dir, settings.get("kohya_dtype") or "fp32")
 
 
 if __name__ == "__main__":

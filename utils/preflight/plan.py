@@ -292,6 +292,7 @@ def lines(plan: Plan, args: argparse.Namespace) -> list[str]:
     weights = (
         "pytorch_lora_weights.safetensors" if "rank" in args else "a pipeline folder (model_index.json, unet/, ...)"
     )
+    weights += ", pytorch_lora_weights_kohya.safetensors" if has("output_kohya_format") else ""
     weights += ", learned_embeddings.safetensors" if getattr(args, "train_text_encoder_ti", False) else ""
     said.append(
         f"writes    {args.output_dir}/: {weights}, training_config.yaml, metrics.jsonl, report.html, README.md,"
