@@ -165,7 +165,7 @@ def test_caption_files_that_link_outside_are_not_read(tmp_path):
 def test_text_in_utf16_is_not_taken_for_utf8(folder, capsys):
     """Without a mark it decodes: every second character is NUL."""
     (folder / "a.txt").write_bytes("a cat\non a mat".encode("utf-16-le"))
-    texts, complaints = read(folder)
+    _, complaints = read(folder)
     assert complaints[:1] == [f"{folder / 'a.txt'}:1: holds NUL characters, as UTF-16 text does; save it as UTF-8"]
     (folder / "a.txt").write_bytes("a cat".encode("utf-16"))  # with its mark
     assert "is not UTF-8 text; save it as UTF-8" in read(folder)[1][0]

@@ -278,7 +278,8 @@ def test_a_resume_says_what_it_changes_and_that_it_begins_anew(parse, tmp_path, 
 
 def test_a_rank_that_no_layer_can_use_is_refused(parse, capsys):
     """The largest layer of the tiny UNet's attention has a rank of 16, the smallest one of 8."""
-    assert refused(capsys, parse("--rank=17")) == ["--rank is 17: no layer of the model has a rank above 16; give that or less"]  # fmt: skip
+    said = "--rank is 17: no layer of the model has a rank above 16; give that or less"
+    assert refused(capsys, parse("--rank=17")) == [said]
     preflight.check(parse("--rank=9"))
     assert "layers have a lower rank, down to 8" in capsys.readouterr().err
     preflight.check(parse("--rank=17", "--adapter=loha"))

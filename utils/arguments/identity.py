@@ -66,9 +66,9 @@ COMPARED = {
 }
 
 # May change between two sessions, and the rest of the course is another one: a resume says so.
-COURSE = ("learning_rate", "text_encoder_lr", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power")
-COURSE += ("max_grad_norm", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_weight_decay_text_encoder")
-COURSE += ("adam_epsilon", "repeats")
+COURSE = ("learning_rate", "text_encoder_lr", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles")
+COURSE += ("lr_power", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "repeats")
+COURSE += ("adam_weight_decay", "adam_weight_decay_text_encoder")
 LENGTH = ("max_train_steps", "num_train_epochs")  # what a falling learning rate is stretched to
 
 
