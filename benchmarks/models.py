@@ -21,7 +21,8 @@ def build(profile: str, folder: Path) -> Path:
     import tiny  # tests/tiny.py
 
     started = folder / f".{profile}"
-    tiny.save(tiny.stable_diffusion() if profile == "tiny" else mid(), started)
+    made = {"tiny": tiny.stable_diffusion, "tiny-sdxl": tiny.stable_diffusion_xl, "mid": mid}
+    tiny.save(made[profile](), started)
     started.replace(folder / profile)
     return done.parent
 

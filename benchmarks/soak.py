@@ -1,9 +1,11 @@
 """Kills a training run again and again and asks whether it ends with the same weights, bit for bit.
 
     python benchmarks/soak.py --kills 24 --mid_save 8
+    python benchmarks/soak.py --script train_dreambooth_lora_sdxl --model tiny-sdxl --kills 17
 
 A real script trains a toy pipeline, checkpointing after every step, and gets SIGKILL: while a checkpoint is being
-written (the staging folder is there when the process is gone), after a random number of steps, or while it starts.
+written (the staging folder is there when the process is gone), after a random number of steps, while it starts, or
+while the result is being replaced.
 After each kill every checkpoint must be whole; the same command goes on from the newest. At the end every tensor of
 the result and of the last checkpoint must equal those of a run that nobody killed. The negative control does the same
 with a checkpoint whose optimizer has forgotten its past: a comparison that could not tell would prove nothing.
@@ -29,11 +31,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import results  # noqa: E402
 
+from utils import saved  # noqa: E402
 from utils.checkpoints import manifests  # noqa: E402
 
 STAGED = re.compile(r"\.tmp-checkpoint-\d+-[0-9a-f]{8}")  # being written; other names: being replaced or deleted
 MOST_STEPS = 6  # between two kills
 SPARE_STEPS = 6  # for every life: on a busy machine the kill comes late
+RESULTS = 2  # kills while the result is being replaced, tried so often at most
 PATIENCE = 600  # seconds for any one thing to happen
 # Everything that has a state of its own, or a random draw.
 OPTIONS = (
@@ -47,6 +51,7 @@ OPTIONS = (
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", default="train_dreambooth_lora", help="a training script's name without .py")
+    parser.add_argument("--model", default="tiny", choices=("tiny", "tiny-sdxl"))
     parser.add_argument("--kills", type=int, default=24)
     parser.add_argument("--mid_save", type=int, default=8, help="how many of them while a checkpoint is written")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
@@ -58,18 +63,25 @@ def main(args):
     import models
 
     circumstances, began = results.circumstances(), time.monotonic()
-    options = ["--pretrained_model_name_or_path", str(models.build("tiny", results.WORK))]
+    options = ["--pretrained_model_name_or_path", str(models.build(args.model, results.WORK))]
     options += ["--instance_data_dir", str(models.photos(results.WORK / "photos"))]
     options += ["--class_data_dir", str(models.photos(results.WORK / "class", 4))]
     options += shlex.split(f"{OPTIONS} {args.options}")
     folder = results.WORK / "soak"
     shutil.rmtree(folder, ignore_errors=True)
     told = soak(args.script, options, folder, args.kills, args.mid_save, args.seed, say=print)
-    told = {"circumstances": circumstances, "seconds": round(time.monotonic() - began), "options": OPTIONS, **told}
+    told = {
+        "circumstances": circumstances,
+        "seconds": round(time.monotonic() - began),
+        "options": f"{OPTIONS} {args.options}",
+        **told,
+    }
     where = [[place, sum(kill["where"] == place for kill in told["kills"])] for place in PLACES]
+    more = f" --options '{args.options}'" if args.options else ""
     text = (
-        f"`python benchmarks/soak.py --script {args.script} --kills {args.kills} --mid_save {args.mid_save} --seed"
-        f" {args.seed}`: {len(told['kills'])} kills on the way to step {told['steps']}, {told['seconds']} s in all.\n\n"
+        f"`python benchmarks/soak.py --script {args.script} --model {args.model} --kills {args.kills} --mid_save"
+        f" {args.mid_save} --seed {args.seed}{more}`:"
+        f" {len(told['kills'])} kills on the way to step {told['steps']}, {told['seconds']} s in all.\n\n"
         + results.table(["SIGKILL came", "times"], where)
         + "\n\n"
         + results.table(
@@ -83,7 +95,13 @@ def main(args):
     return 0 if passed(told) else 1
 
 
-PLACES = ("in mid-save", "while an old checkpoint was deleted", "between saves", "before the first step")
+PLACES = (
+    "in mid-save",
+    "while an old checkpoint was deleted",
+    "between saves",
+    "before the first step",
+    "while the result was replaced",
+)
 
 
 def passed(told: dict) -> bool:
@@ -116,6 +134,9 @@ def soak(script, options, folder: Path, kills: int, mid_save: int, seed: int, ru
             damaged += len(faults)
             log.append(kill)
             say(f"kill {len(log)}: {kill['where']}, newest checkpoint {kill['step']} of {total}")
+        for _ in range(RESULTS):
+            log.append(one_life(command, killed, "result", rng, output))
+            say(f"kill {len(log)}: {log[-1]['where']}")
         subprocess.run(command, check=True, stdout=output, stderr=output)
 
     # Negative control: half way, the optimizer forgets.
@@ -141,6 +162,9 @@ def one_life(command: list, folder: Path, aim: str, rng: random.Random, output) 
     try:
         if aim == "start":
             wait(process, lambda: time.monotonic() - began > 5 * chance)
+        elif aim == "result":
+            wait(process, lambda: any(name.startswith(saved.STAGED) for name in hidden(folder) - earlier))
+            time.sleep(0.03 * chance)
         else:
             wait(process, lambda: newest(folder) >= target)
         if aim == "save":
@@ -150,11 +174,13 @@ def one_life(command: list, folder: Path, aim: str, rng: random.Random, output) 
     finally:
         process.kill()
     code = process.wait(PATIENCE)
-    if code != -signal.SIGKILL:
+    if code != -signal.SIGKILL and not (aim == "result" and code == 0):
         raise SystemExit(f"the run ended by itself with {code} before it could be killed, see {output.name}")
     left = hidden(folder) - earlier
     where = PLACES[3] if newest(folder) == first else PLACES[2]
-    if left:
+    if aim == "result":
+        where = PLACES[4] if any(name.startswith(saved.STAGED) for name in left) else PLACES[2]
+    elif left:
         where = PLACES[0] if any(map(STAGED.fullmatch, left)) else PLACES[1]
     return {"where": where, "step": newest(folder), "seconds": round(time.monotonic() - began, 1)}
 
@@ -197,7 +223,11 @@ def tensors(folder: Path, step: int) -> dict[str, str]:
     import torch
     from safetensors.torch import load_file
 
-    files = [file for part in (".", "unet", "text_encoder") for file in folder.glob(f"{part}/*.safetensors")]
+    files = [
+        file
+        for part in (".", "unet", "text_encoder", "text_encoder_2")
+        for file in folder.glob(f"{part}/*.safetensors")
+    ]
     files += (folder / f"checkpoint-{step}").rglob("*.safetensors")
     found = {}
     for file in sorted(files):
