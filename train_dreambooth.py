@@ -20,7 +20,7 @@ def parse_args(argv=None):
     arguments.add_masks(parser)
     arguments.add_prior_preservation(parser)
     arguments.add_text_encoder(parser)
-    arguments.add_length(parser, train_batch_size=4, num_train_epochs=1)
+    arguments.add_length(parser, train_batch_size=4)
     arguments.add_optimizer(parser, learning_rate=5e-6)
     arguments.add_loss(parser)
     arguments.add_ema(parser)
@@ -100,7 +100,7 @@ def main(args):
         family.cache_prompts([*dataset.captions(), *args.validation_prompt])  # then the encoder is released
 
     # Optimizer.
-    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(dataset) / examples_per_step)
+    total_steps = run.length(args, len(photos), len(dataset), examples_per_step)
     scale = examples_per_step if args.scale_lr else 1
     optimizer = call(
         optimizers.create,
@@ -193,9 +193,12 @@ def main(args):
                 prediction = family.predict(noisy.inputs, noisy.timesteps, family.condition(batch, draws))
                 error = losses.error(prediction, noisy, batch.get("mask"), args.unmasked_weight)  # (b,)
                 loss, parts = losses.dreambooth(error, noisy.weight, batch["is_class"], args.prior_loss_weight)
+                zero = losses.against_zero(error, noisy, batch, args.unmasked_weight, args.prior_loss_weight)
                 # The facts are looked at only when the loss is no number, to name the example.
                 facts = {"timesteps": noisy.timesteps, "error": error.detach()}
-                run.backward(loss, learns, optimizer, schedule, max_norm=args.max_grad_norm, parts=parts, **facts)
+                run.backward(
+                    loss, learns, optimizer, schedule, max_norm=args.max_grad_norm, parts=parts, zero=zero, **facts
+                )
 
             run.log(step)
             if run.due(step, 1):
@@ -241,6 +244,7 @@ def main(args):
                 "seed": run.seed,
             },
             model_id=args.hub_model_id,
+            diverged=run.diverged,
         )
     page.write()
     run.done("the pipeline")

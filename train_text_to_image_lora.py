@@ -203,9 +203,10 @@ def main(args):
                 prediction = family.predict(noisy.inputs, noisy.timesteps, condition)
                 error = losses.error(prediction, noisy, batch.get("mask"), args.unmasked_weight)  # (b,)
                 loss = losses.average(error, noisy.weight)
+                zero = losses.against_zero(error, noisy, batch, args.unmasked_weight)
                 # The facts are looked at only when the loss is no number, to name the example.
                 facts = {"timesteps": noisy.timesteps, "error": error.detach()}
-                run.backward(loss, learns, optimizer, schedule, max_norm=args.max_grad_norm, **facts)
+                run.backward(loss, learns, optimizer, schedule, max_norm=args.max_grad_norm, zero=zero, **facts)
 
             run.log(step)
             if run.due(step, 1):
@@ -251,6 +252,7 @@ def main(args):
                 "seed": run.seed,
             },
             model_id=args.hub_model_id,
+            diverged=run.diverged,
         )
     page.write()
     run.done("the adapters")

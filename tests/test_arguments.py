@@ -360,7 +360,7 @@ def test_help_and_a_typo_answer_at_once(tmp_path, words, code):
 
 def test_help_names_every_default():
     text = " ".join(build().format_help().split())
-    assert "--learning_rate X learning rate after warm-up (default: 0.0005)" in text
+    assert "1e-4, LoRA 1e-3 (default: 0.0005)" in text
     assert "(default: yes)" in text and "(default: the attention projections)" in text
 
 

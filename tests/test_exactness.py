@@ -114,7 +114,7 @@ def test_an_option_at_its_default_changes_nothing(script, monkeypatch):
         module.parse_args([])
     defaults = {action.dest: action.default for action in parsers[0]._actions if isinstance(action.type, Kind)}
     needed = {
-        "pretrained_model_name_or_path": "toybox",
+        "pretrained_model_name_or_path": "base",  # the toybox has learning rates of its own
         "instance_data_dir": "dog",
         "instance_prompt": "a photo of sks dog",
         "train_data_dir": "pictures",

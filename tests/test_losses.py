@@ -124,6 +124,27 @@ def test_dreambooth_without_class_images_is_the_weighted_mean():
     assert losses.part(error).mean.item() == pytest.approx(sum(error.tolist()) / 4)
 
 
+@pytest.mark.parametrize("loss_type", ["l2", "l1", "huber", "smooth_l1"])
+def test_the_loss_of_zeros_is_the_loss_of_a_prediction_of_zeros(loss_type):
+    """Same targets, weights, masks, scale and groups: measured by the functions that measure the loss."""
+    target, prediction = numbers(5, 4, 2, 2), numbers(5, 4, 2, 2, seed=1).requires_grad_()
+    deltas, scale = numbers(5, seed=2).square() + 0.1, numbers(5, seed=3).square()
+    noisy = described(target, loss_type, deltas, scale)
+    noisy = noisy._replace(weight=numbers(5, seed=4).square()) if hasattr(noisy, "_replace") else noisy
+    mask = (255 * torch.rand(5, 1, 4, 4, generator=torch.Generator().manual_seed(5))).to(torch.uint8)
+    is_class = torch.tensor([False, True, False, True, False])
+
+    def whole(prediction):
+        return losses.dreambooth(losses.error(prediction, noisy, mask, 0.2), noisy.weight, is_class, 0.7)[0]
+
+    error = losses.error(prediction, noisy, mask, 0.2)
+    found = losses.against_zero(error, noisy, {"mask": mask, "is_class": is_class}, 0.2, 0.7)
+    torch.testing.assert_close(found, torch.stack([whole(prediction), whole(0 * prediction)]).detach())
+    assert not found.requires_grad
+    alone = losses.against_zero(losses.error(prediction, noisy), noisy, {})
+    torch.testing.assert_close(alone[0], losses.average(losses.error(prediction, noisy), noisy.weight).detach())
+
+
 def test_gradients_are_exact():
     prediction = numbers(4, 2, 3, 3, dtype=torch.float64).requires_grad_()
     target = numbers(4, 2, 3, 3, seed=1, dtype=torch.float64).requires_grad_()

@@ -41,6 +41,7 @@ def card(
     dataset: str | None = None,
     facts: dict | None = None,  # what was trained: steps, loss, seed, rank, photos, ...
     model_id: str | None = None,  # default: the folder's name
+    diverged: str | None = None,  # how far, in words
     license: str | None = None,  # default: that of the family's base models
 ) -> Path:
     """Write README.md: what this is, what it draws, how it was made, how to load it."""
@@ -54,6 +55,7 @@ def card(
     prompts = [one for one in ([prompt] if isinstance(prompt, str) else prompt or ()) if one]
     prompt = prompts[0] if prompts else None
     more = {"instance_prompt": ", ".join(prompts)} if prompts else {}
+    more |= {"diverged": True} if diverged else {}
     if samples:
         more["widget"] = [{"text": text or prompt or "", "output": {"url": url}} for url, text in samples]
     data = ModelCardData(
@@ -72,6 +74,8 @@ def card(
     methods = {"dreambooth": "DreamBooth", "pdmbooth": "PDMBooth"}
     how = f"taught {several} with {methods[kind]}" if kind in methods else "trained on captioned images"
     parts = [f"# {escape(name)}", f"{what} {code(base_model)}, {how}."]
+    if diverged:
+        parts.append(f"**The training diverged**: {diverged}. These weights are of no use but to find out why.")
     if len(prompts) > 1:
         parts.append(f"Its subjects answer to the prompts {', '.join(map(code, prompts))}.")
     elif prompt:
@@ -116,6 +120,7 @@ def publish(
     token: str | None = None,  # or env:NAME; default: HF_TOKEN or the login
     waits: tuple = WAITS,
     give_up: Callable[[], bool] = lambda: False,  # asked between attempts: a job that was told to stop waits no longer
+    allow_diverged: bool = False,
 ) -> bool:
     """Upload what `selected` names, in one commit. False when that failed, said on stderr with the way to repeat it."""
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
@@ -125,6 +130,10 @@ def publish(
         token = os.environ.get(token.removeprefix("env:"))
     token = token or get_token()
     model_id = model_id or hub_name(Path(output_dir))
+    again = f"python -m utils.hub {json.dumps(str(output_dir))} --hub_model_id {model_id}" + " --public" * (not private)
+    if (how := diverged(Path(output_dir))) and not allow_diverged:
+        errors.warn(f"not published: the run has diverged ({how}). To upload it all the same: {again} --allow_diverged")
+        return False
     if not sys.stderr.isatty():
         disable_progress_bars()
     api = HfApi(token=token)
@@ -146,9 +155,16 @@ def publish(
                 time.sleep(min(0.2, wait))
             if give_up():
                 break
-    again = f"python -m utils.hub {json.dumps(str(output_dir))} --hub_model_id {model_id}" + " --public" * (not private)
     errors.warn(f"not published: {reason}. Everything is in {output_dir}. To try again: {again}")
     return False
+
+
+def diverged(output_dir: Path) -> str | None:
+    """How far the last session of a run in this folder had diverged at its end."""
+    try:
+        return json.loads((output_dir / "timings.json").read_text(encoding="utf-8"))["sessions"][-1].get("diverged")
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return None
 
 
 def selected(output_dir: Path, token: str | None = None) -> dict[str, Path | bytes]:
@@ -303,10 +319,12 @@ def main(argv=None) -> int:
     parser.add_argument("output_dir", type=Path, help="folder that a training script left")
     parser.add_argument("--hub_model_id", help="repository (default: name of the folder)")
     parser.add_argument("--public", action="store_true", help="make a new repository public")
+    parser.add_argument("--allow_diverged", action="store_true", help="upload the result of a run that has diverged")
     args = parser.parse_args(argv)
     if not args.output_dir.is_dir():
         errors.refuse(f"{args.output_dir} is no folder")
-    return 0 if publish(args.output_dir, args.hub_model_id, private=not args.public) else NOT_PUBLISHED
+    done = publish(args.output_dir, args.hub_model_id, private=not args.public, allow_diverged=args.allow_diverged)
+    return 0 if done else NOT_PUBLISHED
 
 
 if __name__ == "__main__":

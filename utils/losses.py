@@ -109,6 +109,24 @@ def dreambooth(
     return instance_weight * instance.mean + prior_weight * prior.mean, {"instance": instance, "prior": prior}
 
 
+@torch.no_grad()
+def against_zero(
+    errors: torch.Tensor,  # (b,)
+    noisy,  # noise.Noisy
+    batch,  # with "mask" and "is_class", where there are any
+    unmasked_weight: float = 0.0,
+    prior_weight: float = 1.0,
+) -> torch.Tensor:
+    """(loss, loss of an all-zero prediction) on one batch, (2,): same targets, weights, masks and groups.
+
+    Whoever predicts zeros has learned nothing, so this ratio tells a diverging run whatever the objective.
+    """
+    zeros = error(torch.zeros_like(noisy.target), noisy, batch.get("mask"), unmasked_weight)
+    is_class = batch.get("is_class")
+    is_class = torch.zeros_like(zeros, dtype=torch.bool) if is_class is None else is_class
+    return torch.stack([dreambooth(each, noisy.weight, is_class, prior_weight)[0] for each in (errors, zeros)])
+
+
 class Part(NamedTuple):
     """A term of the loss, before its weight."""
 

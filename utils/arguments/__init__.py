@@ -301,11 +301,24 @@ def add_lora(parser: argparse.ArgumentParser, rank: int = 4) -> None:
     add("kohya_dtype", choice("fp32", "fp16"), "fp32", help)
 
 
-def add_length(parser: argparse.ArgumentParser, train_batch_size: int = 4, num_train_epochs: int = 1) -> None:
+def add_length(
+    parser: argparse.ArgumentParser,
+    train_batch_size: int = 4,
+    num_train_epochs: int | None = None,  # None: a table chooses the number of steps (arguments.length)
+) -> None:
     add = group(parser, "Length of the run")
+    chosen = None if num_train_epochs else "--max_train_steps counts"
     add("train_batch_size", whole(1), train_batch_size, "examples a process and micro-step")
-    add("num_train_epochs", whole(1), num_train_epochs, "passes over the data; --max_train_steps overrides it")
-    add("max_train_steps", whole(1), None, "optimizer steps in all, those before a resume included")
+    add(
+        "num_train_epochs",
+        whole(1),
+        num_train_epochs,
+        "passes over the data; --max_train_steps overrides it",
+        unset=chosen,
+    )
+    help = "optimizer steps in all, those before a resume included"
+    unset = "of --num_train_epochs" if num_train_epochs else "chosen from a table, see docs/train_dreambooth.md"
+    add("max_train_steps", whole(1), None, help, unset=unset)
     add("gradient_accumulation_steps", whole(1), 1, "micro-steps an optimizer step")
     add("max_train_minutes", number(above=0), None, "save and stop after this many minutes (exit code 75)")
     add("seed", whole(0), None, "seed of every draw", unset="drawn, printed and saved")
@@ -317,7 +330,12 @@ def add_optimizer(
     add = group(parser, "Optimizer and learning rate")
     add("optimizer", choice(*OPTIMIZERS), optimizer, "which optimizer")
     add("use_8bit_adam", flag, False, "8-bit states, the same as --optimizer adamw8bit (needs bitsandbytes)")
-    add("learning_rate", number(above=0), learning_rate, "learning rate after warm-up")
+    add(
+        "learning_rate",
+        number(above=0),
+        learning_rate,
+        "learning rate after warm-up; DreamBooth on the toybox: 1e-4, LoRA 1e-3",
+    )
     add("scale_lr", flag, False, "multiply it by batch size, accumulation and processes")
     add("lr_scheduler", choice(*SCHEDULES), "constant", "how the learning rate goes on after warm-up")
     unset = "0 for constant, else 500 or a tenth of all steps"

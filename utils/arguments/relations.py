@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, field
 
 from utils import buckets, captions, concepts
-from utils.arguments import bounds
+from utils.arguments import bounds, length
 
 MULTIPLE = 8  # pixels: the autoencoder's downscaling
 DEFAULT_OFFSET = 0.1  # what --offset_noise stands for
@@ -100,7 +100,7 @@ def check(args: argparse.Namespace, given: dict, defaults: dict, misread: set[st
     _text_encoder(has, found)
     _pivotal(args, has, given, found)
     _adapters(args, has, given, found)
-    _optimizer(args, has, given, found)
+    _optimizer(args, has, given, defaults, found)
     _weightwise(has, found)
     _averages(has, given, defaults, found)
     _engine(has, found)
@@ -350,7 +350,7 @@ def _adapters(args, has, given: dict, found: Findings) -> None:
     vars(args).pop("use_blora", None)
 
 
-def _optimizer(args, has, given: dict, found: Findings) -> None:
+def _optimizer(args, has, given: dict, defaults: dict, found: Findings) -> None:
     if has("use_8bit_adam") and has("optimizer") not in ("adamw", "adamw8bit", "paged_adamw8bit", "lion"):
         found.complaints.append(
             f"--use_8bit_adam with --optimizer {has('optimizer')}: 8-bit states are AdamW's and Lion's; leave one out"
@@ -366,6 +366,9 @@ def _optimizer(args, has, given: dict, found: Findings) -> None:
         )
     if "lr_warmup_steps" not in args:
         return
+    args.learning_rate = length.rate(args, given) or args.learning_rate
+    if warning := length.far_off(args, defaults["learning_rate"]):
+        found.warnings.append(warning)
     steps = has("max_train_steps")
     if args.lr_warmup_steps is None:
         # Without a number of steps it is settled once the data are counted.

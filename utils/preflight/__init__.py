@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from utils import buckets, captions, concepts, precomputed, saved
+from utils.arguments import length
 from utils.arguments.identity import changed, mistaken
 from utils.errors import DATA, OPTIONS, refuse, warn
 from utils.preflight import model_folder, photos, plan, remote, shapes
@@ -67,11 +68,13 @@ def check(args: argparse.Namespace) -> list[Path]:
     problems.data += _unspoken(args, problems.captions)
     filled = shapes.fill(args, model, photos.sizes(found))
     counts = photos.visits(found), photos.class_images(args), buckets.counts(filled), photos.count(found)
+    chosen = length.settle(args, photos.count(found), plan.examples_per_step(args), _run_of(args))
     outline = plan.outline(args, model, *counts)
-    if not args.max_train_steps and outline.steps and (args.lr_warmup_steps or 0) >= outline.steps:
+    if (chosen or not args.max_train_steps) and outline.steps and (args.lr_warmup_steps or 0) >= outline.steps:
         problems.options.append(
             f"--lr_warmup_steps {args.lr_warmup_steps} leaves nothing of the {outline.steps} steps that "
-            f"--num_train_epochs {args.num_train_epochs} makes; {outline.steps // 10} would be a tenth"
+            + (f"--num_train_epochs {args.num_train_epochs} makes" if args.num_train_epochs else "are chosen")
+            + f"; {outline.steps // 10} would be a tenth"
         )
     _disk(args, outline, problems)
     problems.options += _precomputed(args)
@@ -91,7 +94,7 @@ def check(args: argparse.Namespace) -> list[Path]:
             _clear(Path(args.output_dir))
     if os.environ.get("RANK", "0") == "0":
         told = buckets.report(filled, plan.examples_per_step(args), args.repeats)
-        print("\n".join([*photos.summary(args, found), *told]), flush=True)
+        print("\n".join([*photos.summary(args, found), *told, *([chosen] if chosen else [])]), flush=True)
     return [path for one in found for path in one.bad]
 
 
@@ -221,8 +224,14 @@ def _resumed(args) -> None:
                 flush=True,
             )
         return
-    for line in changed(args, (folder if resume == "latest" else _named(folder, resume).parent) / STARTED[1]):
+    for line in changed(args, _run_of(args) / STARTED[1]):
         warn(line)
+
+
+def _run_of(args) -> Path | None:
+    """The folder of the run that is resumed."""
+    folder, resume = Path(args.output_dir), args.resume_from_checkpoint
+    return (folder if resume == "latest" else _named(folder, resume).parent) if resume else None
 
 
 def _goes_on(folder: Path, resume: str) -> bool:

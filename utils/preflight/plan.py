@@ -113,7 +113,7 @@ def _length(plan: Plan, args, photos: int | None, class_images: int, in_buckets:
         plan.examples = max(shown or photos * args.repeats, class_images)
     if args.max_train_steps:
         plan.steps = args.max_train_steps
-    elif plan.examples:
+    elif plan.examples and args.num_train_epochs:
         plan.steps = math.ceil(args.num_train_epochs * plan.examples / plan.examples_per_step)
     if plan.steps and plan.examples:
         plan.epochs = plan.steps * plan.examples_per_step / plan.examples
@@ -274,7 +274,8 @@ def lines(plan: Plan, args: argparse.Namespace) -> list[str]:
         about = "about " if has("validation_split") else ""
         said.append(f"data      {about}{plan.examples} examples an epoch, {pixels}")
     batch = f"{args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x {_processes()} processes"
-    length = f"{plan.steps} steps" if plan.steps else f"{args.num_train_epochs} epochs"
+    length = f"{args.num_train_epochs} epochs" if args.num_train_epochs else "from the table, once photos are counted:"
+    length = f"{plan.steps} steps" if plan.steps else length
     epochs = f", {plan.epochs:.1f} epochs" if plan.epochs else ""
     said.append(f"length    {length} of {plan.examples_per_step} examples ({batch}){epochs}")
     if plan.memory:

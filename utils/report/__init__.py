@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-from utils import errors, scores, strict
+from utils import divergence, errors, scores, strict
 from utils.report import curves, gallery
 
 MOST_STEPS = 20  # validations shown for each prompt: the first, the newest, and evenly between
@@ -73,6 +73,7 @@ class Report:
             subtitle=_subtitle(settings),
             step=step,
             total=total,
+            alarm=str(course) if (course := divergence.of(rows)).diverged else None,
             tiles=_tiles(rows, step, total, sessions),
             charts=_charts(rows),
             prompts=prompts,
@@ -210,7 +211,11 @@ def _charts(rows: list[dict]) -> list[dict]:
     rates = [
         name for name in every if re.match(r"(lr|learning_rate)\b", name.replace("_", " ")) or name.endswith("_lr")
     ]
-    titles = {"grad_norm": "Gradient norm", "seconds": "Seconds a step"}
+    titles = {
+        "loss_against_zero": "Loss, as a multiple of that of predicting zeros",
+        "grad_norm": "Gradient norm",
+        "seconds": "Seconds a step",
+    }
     every = [name for name in every if not name.startswith("test_")]  # told once, in a table
     judged = scores.meanings(every)
     groups = [("Loss", ["loss"]), *((text, [name]) for name, text in PARTS.items()), ("Learning rate", rates[:3])]

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from utils import errors, randomness, results, weightwise
+from utils.arguments import length
 from utils.report import curves
 from utils.runtime import engines, failures, guard, memory, progress, signals, stand_ins, startup, trackers
 
@@ -135,12 +136,15 @@ class Run:
         atexit.register(self.close)
 
     def finish(self, code: int = 0) -> int:
-        """Call last, or when `stopping` and the checkpoint is written. Leaves with `code`, or that of an early stop."""
+        """Call last, or when `stopping` and the checkpoint is written. Leaves with `code`, that of an early stop, or
+        that of a run that is done and has diverged."""
         if self.stand_ins.count:
             self.say(f"{self.stand_ins.count} times a picture stood in for one that could not be read")
         stopped = self.stopping
         if stopped:
             code = self._agreed or self.stop.code
+        elif self.diverged:
+            code = errors.DIVERGED
         if stopped and self.total is not None:
             self.say(
                 f"stopped after step {self.step} of {self.total}; run the same command with "
@@ -184,11 +188,22 @@ class Run:
                 self._line.clear()
             print(text, flush=True)
 
+    @property
+    def diverged(self) -> str | None:
+        """In words, where the run has diverged and has not recovered."""
+        return str(self.guard.divergence) if self.guard.divergence.diverged else None
+
     def done(self, learned: str) -> None:
         """The last line of a run: what can be looked at now."""
         self.session["finished"] = True
+        if self.diverged:
+            self.session["diverged"] = self.diverged
+        if self.is_main:
+            with contextlib.suppress(OSError):
+                self.write_timings()  # an upload looks there
         *held, last = [learned, *(name for name in LEFT if (self.output_dir / name).exists())]
-        self.say(f"done: '{self.output_dir}' holds {', '.join(held)}{' and ' * bool(held)}{last}")
+        told = f"diverged: {self.diverged}; lower --learning_rate and train again." if self.diverged else "done:"
+        self.say(f"{told} '{self.output_dir}' holds {', '.join(held)}{' and ' * bool(held)}{last}")
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -283,6 +298,15 @@ class Run:
 
     # Training
 
+    def length(self, args, photos: int, epoch: int, examples_per_step: int) -> int:
+        """Steps in all: as given, by epochs of `epoch` examples, or from the table where a dataset held the photos."""
+        if told := length.settle(args, photos, examples_per_step):
+            self.say(told)
+            self.config["max_train_steps"] = args.max_train_steps
+            if self.is_main and not self.resuming:  # when resuming, `steps` writes them
+                startup.write_settings(self.output_dir, self.config)
+        return args.max_train_steps or math.ceil(args.num_train_epochs * epoch / examples_per_step)
+
     def prepare(self, family, learns, optimizer, fused_backward: bool = False):
         """Only what learns is wrapped (precision, several processes, compilation); data and schedule are ours."""
         if fused_backward:
@@ -362,6 +386,7 @@ class Run:
         *,
         max_norm: float | None = 1.0,
         parts: dict | None = None,  # of the loss: name -> losses.Part; logged where there are several
+        zero: torch.Tensor | None = None,  # losses.against_zero: whether the run diverges
         **facts,
     ) -> None:
         """Backward; in the last micro batch also guard, clip, step, schedule and zero.
@@ -375,6 +400,7 @@ class Run:
             self._fused.begin(self.step + 1, loss, self.stand_ins.fatal)
         self.engine.backward(loss)  # divides by the accumulation steps
         told = [loss.detach() / self.accumulation, *(value for part in parts.values() for value in part)]
+        told += [] if zero is None else zero.unbind()
         told = torch.stack([value.detach().float() for value in told])
         self._losses = told if self._losses is None else self._losses + told
         if facts and self._examples:
@@ -394,9 +420,11 @@ class Run:
                 self.updating.release()
             return
         rates = _rates(optimizer.param_groups)
+        against_zero = _ratio(*sums[2 * len(parts) :])  # the parts' numbers come first
 
         stepped = self.guard.allows(self.step + 1, loss, size, self.scaler is not None, self._examples)
         spike = self.guard.spike(self.step + 1, loss)
+        self.guard.diverges(self.step + 1, against_zero)
         if stepped and max_norm and size > max_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         if not self._fused:
@@ -410,7 +438,8 @@ class Run:
                 if not stepped:
                     warnings.simplefilter("ignore")
                 schedule.step()
-        self._complete(loss, _means(parts, sums), size, rates, stepped, spike, stood_in)
+        measured = _means(parts, sums) | ({} if zero is None else {"loss_against_zero": against_zero})
+        self._complete(loss, measured, size, rates, stepped, spike, stood_in)
 
     def _agree(self, losses: torch.Tensor, norm: torch.Tensor) -> tuple[float, list[float], float, int, int, bool]:
         """Mean loss, sums over its parts, gradient norm (equal everywhere: gradients were averaged), the highest stop
@@ -477,6 +506,11 @@ def _means(parts: Iterable[str], sums: list[float]) -> dict[str, float]:
     """(sum, how many batches it is of) of each part => its mean, if some batch had it. One alone is the loss itself."""
     found = {f"loss_{name}": total / n for name, total, n in zip(parts, sums[::2], sums[1::2]) if n}
     return found if len(found) > 1 else {}
+
+
+def _ratio(loss: float = math.nan, of_zero: float = math.nan) -> float:
+    """Sums over the micro batches and processes of a step; where nothing counts (empty masks) there is no ratio."""
+    return loss / of_zero if of_zero else math.nan
 
 
 def _rates(groups: list[dict]) -> dict[str, float]:

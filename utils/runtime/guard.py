@@ -1,6 +1,7 @@
 """Stops a run whose loss or gradients are no longer finite, before the optimizer would spread it over every weight.
 
-Also notices a loss that is finite and far above its usual course, which may be the beginning of the same end.
+Also notices a loss that is finite and far above its usual course, which may be the beginning of the same end, and one
+that is no better than that of a network which predicts zeros, which is that end already.
 """
 
 import json
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from utils import errors
+from utils import divergence, errors
+from utils.report import curves
 from utils.runtime import startup
 
 MOST_SKIPS = 10  # in a row, with --on_nan skip
@@ -23,6 +25,11 @@ REMEDIES = (
 AFTER_A_SPIKE = (
     "It may calm down by itself. If it does not: --resume_from_checkpoint with a checkpoint from before it and a lower "
     "--learning_rate, more --lr_warmup_steps or a smaller --max_grad_norm."
+)
+HAS_DIVERGED = (
+    "The run diverges: what the network knew is probably lost. Start again with a lower --learning_rate (a tenth), or "
+    "--resume_from_checkpoint with a checkpoint from before it. At the end it counts as diverged (exit code 4) unless "
+    "the loss has come down by then."
 )
 
 
@@ -37,7 +44,7 @@ class Guard:
     ):
         self.output_dir, self.on_nan, self.is_main, self.world = Path(output_dir), on_nan, is_main, world
         self.in_a_row = 0
-        self.on_loss_spike, self.course = on_loss_spike, Course()
+        self.on_loss_spike, self.course, self.divergence = on_loss_spike, Course(), divergence.Divergence()
 
     def allows(self, step: int, loss: float, norm: float, scaled: bool, examples: list[dict]) -> bool:
         """May the optimizer take `step`? All processes call this with the same numbers, so they decide alike.
@@ -67,28 +74,33 @@ class Guard:
         All processes call this with the same numbers and have recalled the same past, so they decide alike.
         """
         times = self.course.follow(loss) if self.on_loss_spike != "off" else None
-        if times is None:
-            return None
-        told = f"step {step}: the loss, smoothed over {Course.RECENT} steps, is {times:.1f} times its usual value."
-        if self.on_loss_spike == "warn":
+        if times is not None:
+            told = f"step {step}: the loss, smoothed over {Course.RECENT} steps, is {times:.1f} times its usual value."
+            self._warn_or_stop(told, AFTER_A_SPIKE)
+        return times
+
+    def diverges(self, step: int, ratio: float) -> None:
+        """Follows losses.against_zero; says so in the step in which the run begins to diverge."""
+        if self.divergence.follow(ratio):
+            self._warn_or_stop(f"step {step}: over the last {divergence.RECENT} steps {self.divergence}.", HAS_DIVERGED)
+
+    def _warn_or_stop(self, told: str, remedy: str) -> None:
+        if self.on_loss_spike == "stop":
             if self.is_main:
-                errors.warn(f"{told} {AFTER_A_SPIKE}")
-            return times
+                errors.refuse(f"{told} Stopped, as --on_loss_spike stop asks. {remedy}", errors.DIVERGED)
+            raise SystemExit(errors.DIVERGED)
         if self.is_main:
-            errors.refuse(f"{told} Stopped, as --on_loss_spike stop asks. {AFTER_A_SPIKE}", errors.DIVERGED)
-        raise SystemExit(errors.DIVERGED)
+            errors.warn(f"{told} {remedy}")
 
     def recall(self, metrics: Path, last_step: int) -> None:
         """What the loss did before a resume."""
-        if self.on_loss_spike == "off" or not last_step or not metrics.is_file():
+        if not last_step:
             return
-        for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines()[-2 * self.course.logs.maxlen :]:
-            try:
-                row = json.loads(line)
-                if row["step"] <= last_step:
-                    self.course.follow(float(row["loss"]))
-            except (ValueError, KeyError, TypeError):  # a line cut off by a kill
-                continue
+        rows = [row for row in curves.read_metrics(metrics) if row["step"] <= last_step]
+        self.divergence = divergence.of(rows)  # the first step counts for as long as the run lasts
+        if self.on_loss_spike != "off":
+            for loss in curves.series(rows, "loss")[1][-self.course.logs.maxlen :]:
+                self.course.follow(loss)
 
     def _report(self, step: int, loss: float, norm: float, examples: list[dict]) -> str:
         """Names the examples, those whose own error is not finite first; nonfinite.json tells the rest."""
