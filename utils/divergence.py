@@ -18,8 +18,8 @@ MARGIN = 1.5  # a network that has not (new weights, another prediction type) di
 class Divergence:
     """Follows loss / loss of zeros. The first step's value is the untouched network's, and sets the bound.
 
-    Where it is below KNEW the run diverges when the mean of RECENT steps is above LOST, elsewhere when it is above MARGIN
-    times the first value. It has recovered when the mean is below the middle between first value and bound.
+    Where it is below KNEW the run diverges when the mean of RECENT steps is above LOST; elsewhere when that is above
+    MARGIN times the first value. It has recovered when the mean is below the middle between first value and bound.
     """
 
     def __init__(self):
