@@ -358,6 +358,48 @@ def test_help_and_a_typo_answer_at_once(tmp_path, words, code):
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--learning_rate=1e-1", "--learning_rate 0.1 is far above the usual range of LoRA with adamw (at most 0.02)"),
+        ("--learning_rate=1e-9", "far below the usual range of LoRA with adamw (at least 1e-07)"),
+        ("--learning_rate=1e-2 --optimizer=lion", "far above the usual range of LoRA with lion (at most 0.006)"),
+        ("--learning_rate=100 --optimizer=prodigy", "far above the 1.0 that is usual with prodigy"),
+        ("--learning_rate=1e-2 --scale_lr --train_batch_size=4", "--learning_rate 0.01 (times 4 by --scale_lr) is far"),
+        ("--learning_rate=1e-2", None),
+        ("--learning_rate=1e-3 --scale_lr --train_batch_size=4", None),
+        ("--learning_rate=1 --optimizer=prodigy", None),
+        ("--learning_rate=0.5 --optimizer=sgd", None),
+        ("", None),
+    ],
+)
+def test_a_learning_rate_far_outside_its_range_is_named(capsys, words, said):
+    parse(*words.split())
+    found = [line for line in capsys.readouterr().err.splitlines() if "far" in line]
+    assert [said in line for line in found] == ([True] if said else [])
+
+
+def test_the_toybox_has_learning_rates_of_its_own():
+    for base, words, rate in (
+        ("toybox", "", 1e-3),
+        ("toybox/sdxl/", "", 1e-3),
+        ("toybox", "--optimizer=lion", 3e-4),
+        ("toybox", "--optimizer=prodigy", 5e-4),
+        ("toybox", "--learning_rate=5e-4", 5e-4),
+        ("other", "", 5e-4),
+    ):
+        args = parse(f"--pretrained_model_name_or_path={base}", *words.split())
+        assert args.learning_rate == pytest.approx(rate), (base, words)
+    assert train_text_to_image_rate() == 1e-4
+
+
+def train_text_to_image_rate():
+    import train_text_to_image
+
+    words = ["--pretrained_model_name_or_path=toybox", "--train_data_dir=x"]
+    return train_text_to_image.parse_args(words).learning_rate
+
+
 def test_help_names_every_default():
     text = " ".join(build().format_help().split())
     assert "1e-4, LoRA 1e-3 (default: 0.0005)" in text

@@ -16,9 +16,11 @@ import test_arguments
 from PIL import Image, ImageFilter
 
 from utils import arguments, errors, preflight
+from utils.arguments import length
 from utils.preflight import model_folder, plan, quality, remote
 
 ROOT = Path(__file__).resolve().parent.parent
+PRIOR = "--with_prior_preservation --class_data_dir=cls --class_prompt=dog"
 
 
 @pytest.fixture
@@ -533,6 +535,56 @@ def test_planned_length(parse, sd1, monkeypatch):
     said = plan.outline(parse("--max_train_steps=10"), Path(sd1), photos=4)
     assert (said.steps, said.epochs, said.checkpoints) == (10, 20.0, 1)
     assert plan.outline(parse(), None, photos=None).steps is None
+
+
+@pytest.mark.parametrize(
+    ("words", "photos", "steps"),
+    [
+        ("--train_batch_size=1", 5, 400),
+        ("--train_batch_size=4", 5, 400),
+        ("--train_batch_size=1", 20, 1600),
+        ("--train_batch_size=4 --gradient_accumulation_steps=2", 41, 410),
+        (f"--train_batch_size=1 {PRIOR}", 5, 800),
+        ("--train_batch_size=1 --repeats=9", 20, 1600),
+    ],
+)
+def test_length_from_the_table(parse, words, photos, steps):
+    args = parse(*words.split(), lora=False)
+    args.num_train_epochs = None
+    told = length.settle(args, photos, plan.examples_per_step(args))
+    assert args.max_train_steps == steps and told.startswith(f"length: {steps} steps of ")
+    assert f"for all weights and {photos} photos" in told
+
+
+def test_length_that_is_given_stays_and_other_methods_have_rows_of_their_own(parse):
+    for words in (["--num_train_epochs=3"], ["--max_train_steps=7"]):
+        args = parse(*words)
+        assert length.settle(args, 5, 4) is None and args.max_train_steps == (7 if "max" in words[0] else None)
+    args = parse("--train_batch_size=1")
+    args.num_train_epochs = None
+    assert [length.steps(args, count, 1) for count in (1, 5, 6)] == [500, 500, 600]
+    args.use_pdm_loss = True
+    assert [length.steps(args, count, 1) for count in (5, 6)] == [700, 840]
+    assert length.settle(args, None, 1) is None, "photos of a data set are counted later"
+
+
+def test_a_resumed_run_keeps_its_length(parse, tmp_path, capsys):
+    """Whether it was chosen or given, and whatever the photos have become; a run of one epoch gets the table's."""
+    out, words = tmp_path / "out", ["--resume_from_checkpoint=latest", "--dry_run"]
+    (out / "checkpoint-3").mkdir(parents=True)
+    for recorded, steps, said in (
+        ("max_train_steps: 431\nnum_train_epochs: null", 431, "as the resumed run has recorded"),
+        ("max_train_steps: null\nnum_train_epochs: 1", 500, "--num_train_epochs 1 keeps that"),
+        ("max_train_steps: [", 500, "from the table"),
+    ):
+        (out / "training_config.yaml").write_text(recorded)
+        args = parse(*words)
+        args.num_train_epochs = None
+        preflight.check(args)
+        assert args.max_train_steps == steps and said in capsys.readouterr().out
+    args = parse("--lr_warmup_steps=500", f"--output_dir={tmp_path / 'new'}")
+    args.num_train_epochs = None
+    assert "leaves nothing of the 500 steps that are chosen; 50 would be" in refused(capsys, args)[0]
 
 
 def test_printed_plan(parse, sd1, capsys):
