@@ -58,7 +58,7 @@ def test_steps_without_a_ratio_are_passed_over():
 @pytest.mark.parametrize("stopped", [1, 15, 25, 60])
 def test_a_resumed_run_decides_as_if_never_stopped(tmp_path, capsys, stopped):
     values = [*ratios(30, 0.3, first=0.05), *[1.1] * 40]
-    lines = [json.dumps({"step": step, "loss": 0.1, "loss_against_zero": v}) for step, v in enumerate(values, start=1)]
+    lines = [json.dumps({"step": step, "loss": 0.1, "against_zero": v}) for step, v in enumerate(values, start=1)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 3')
     told = []
     for first in (0, stopped):
@@ -139,7 +139,7 @@ def test_a_healthy_run_is_done(tmp_path, capsys):
     card = (tmp_path / "run" / "README.md").read_text()
     assert "diverged" not in card and "alarm" not in (tmp_path / "run" / "report.html").read_text().split("<main>")[1]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert all(0 < row["loss_against_zero"] < 1.5 for row in rows if "loss" in row)
+    assert all(0 < row["against_zero"] < 1.5 for row in rows if "loss" in row)
 
 
 def test_what_diverged_is_uploaded_only_when_that_is_asked_for(tmp_path, capsys, monkeypatch):

@@ -55,6 +55,6 @@ def of(rows: Iterable[dict]) -> Divergence:
     """What the lines of metrics.jsonl, in order, come to."""
     found = Divergence()
     for row in rows:
-        value = row.get("loss_against_zero")
+        value = row.get("against_zero")
         found.follow(value if isinstance(value, int | float) else None)
     return found

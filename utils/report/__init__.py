@@ -212,7 +212,7 @@ def _charts(rows: list[dict]) -> list[dict]:
         name for name in every if re.match(r"(lr|learning_rate)\b", name.replace("_", " ")) or name.endswith("_lr")
     ]
     titles = {
-        "loss_against_zero": "Loss, as a multiple of that of predicting zeros",
+        "against_zero": "Loss, as a multiple of that of predicting zeros",
         "grad_norm": "Gradient norm",
         "seconds": "Seconds a step",
     }

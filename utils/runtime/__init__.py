@@ -438,7 +438,7 @@ class Run:
                 if not stepped:
                     warnings.simplefilter("ignore")
                 schedule.step()
-        measured = _means(parts, sums) | ({} if zero is None else {"loss_against_zero": against_zero})
+        measured = _means(parts, sums) | ({} if zero is None else {"against_zero": against_zero})
         self._complete(loss, measured, size, rates, stepped, spike, stood_in)
 
     def _agree(self, losses: torch.Tensor, norm: torch.Tensor) -> tuple[float, list[float], float, int, int, bool]:
