@@ -252,6 +252,8 @@ def _memory_and_disk(plan: Plan, args, adapters: bool) -> None:
             plan.snapshot_bytes = plan.memory["average"]
     plan.checkpoint_bytes = kept * learning + plan.memory["optimizer"] + plan.memory.get("average", 0)
     plan.result_bytes = 4 * learning if adapters else sum(plan.memory[name] for name in plan.networks)
+    if adapters and args.output_kohya_format:
+        plan.result_bytes += (2 if args.kohya_dtype == "fp16" else 4) * learning
     if engine_asked_for() == "DeepSpeed":  # and its own copy of the weights
         plan.main_memory = plan.memory.pop("gradients") + plan.memory.pop("optimizer") + 4 * learning
     if engine_asked_for() == "FSDP":
