@@ -8,6 +8,7 @@ from test_adapter_kinds import KINDS
 from test_models import loaded, predict_once
 
 from utils import adapters, checkpoints, learning, optimizers
+from utils.checkpoints import nested
 
 RATES = {"text_encoder_lr": 1e-5, "weight_decay": 0.01, "text_encoder_weight_decay": 0.001}
 MAKERS = {
@@ -99,6 +100,10 @@ def test_older_checkpoints_give_each_weight_its_own_state(sdxl, kind, text_encod
         (group["name"], group["lr"], group["weight_decay"], list(map(id, group["params"])))
         for group in now.param_groups
     ] == [(group["name"], group["lr"], group["weight_decay"], list(map(id, group["params"]))) for group in groups]
+    # Under DeepSpeed each group holds its weights in one row.
+    stored = nested.load(tmp_path / "checkpoint-2" / "optimizer.safetensors")
+    rows = [{**group, "params": group["params"][:1]} for group in groups]
+    assert learning.regrouped(stored, rows) == learning.regrouped(stored, groups)
     # A checkpoint of today comes back too, and one of other groups is refused.
     before = copy.deepcopy(now.state_dict()["state"])
     saved.save(3)

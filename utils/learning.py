@@ -98,7 +98,10 @@ def regrouped(state: dict, groups: Sequence[dict]) -> dict:
     if not any("was" in group for group in groups):
         return state
     stored = {group.get("name"): group for group in state["param_groups"]}
-    origins = [group.get("was") or [group["name"], *range(len(group["params"]))] for group in groups]
+    origins = []
+    for group in groups:  # their own weights may be in one row of an engine, so those of the checkpoint are counted
+        alike = stored.get(name := group.get("name"), {"params": ()})["params"]
+        origins.append(group.get("was") or [name, *range(len(alike))])
     taken = {}
     for name, *places in origins:
         taken[name] = sorted([*taken.get(name, []), *places])
