@@ -1,22 +1,30 @@
 """The model card, what is selected for the hub, and real uploads by the real client to a hub of our own."""
 
 import html
+import importlib
 import json
 import os
+import shlex
+import socket
 import subprocess
 import sys
 
 import fake_hub
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import save
 
-from utils import hub
+from utils import arguments, hub, saved
+from utils.arguments import settings
 from utils.report import gallery
+from utils.runtime import startup
 
 TOKEN = "hf_" + "Secret7" * 5
+WEIGHTS = save({"weight": torch.ones(300)})
 EVIL = "a ``sks`` dog\n---\nlicense: mit\n---\n<script>alert(1)</script> | ![x](http://evil)"
 SECRETS = [b"optimizer states", b"tensorboard events", b"pickle", b"training photo", b"report page", b"older sample"]
 
@@ -27,8 +35,8 @@ def folder(tmp_path):
     out = tmp_path / "my dog"
     (out / "unet").mkdir(parents=True)
     for name, data in {
-        "pytorch_lora_weights.safetensors": b"lora weights " * 100,
-        "unet/diffusion_pytorch_model.safetensors": b"unet weights " * 100,
+        "pytorch_lora_weights.safetensors": WEIGHTS,
+        "unet/diffusion_pytorch_model.safetensors": WEIGHTS,
         "unet/config.json": b"{}",
         "unet/optimizer.bin": b"pickle",
         "checkpoint-100/pytorch_lora_weights.safetensors": b"optimizer states",
@@ -154,15 +162,16 @@ def test_folder_names_become_repository_names(tmp_path, name, wanted):
     assert hub.hub_name(tmp_path / name) == wanted
 
 
-def publish(server_url, folder, token=TOKEN, model_id="someone/dog"):
+def publish(server_url, folder, token=TOKEN, model_id="someone/dog", cwd=ROOT, **options):
     """In a process of its own: the client reads HF_ENDPOINT when it is imported."""
     code = (
         "import sys; from utils import hub\n"
-        f"ok = hub.publish({str(folder)!r}, {model_id!r}, token='env:THE_TOKEN', waits=(0.01, 0.01))\n"
+        f"ok = hub.publish({str(folder)!r}, {model_id!r}, token='env:THE_TOKEN', waits=(0.01, 0.01), **{options})\n"
         "sys.exit(0 if ok else hub.NOT_PUBLISHED)"
     )
     env = dict(os.environ, HF_ENDPOINT=server_url, HF_HUB_DISABLE_XET="1", HF_HUB_OFFLINE="0", THE_TOKEN=token)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    env["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
     assert TOKEN not in done.stdout + done.stderr
     return done
 
@@ -209,7 +218,7 @@ def test_token_that_may_only_read_is_not_tried_again(folder):
         done = publish(server.url, folder)
     assert done.returncode == hub.NOT_PUBLISHED
     assert "once more" not in done.stderr and server.files == {}
-    assert f"python -m utils.hub {json.dumps(str(folder))} --hub_model_id someone/dog" in done.stderr
+    assert f"python -m utils.hub {shlex.quote(str(folder))} --hub_model_id someone/dog" in done.stderr
     assert sum("repos/create" in call for call in server.calls) == 1
 
 
@@ -236,3 +245,122 @@ def test_the_command_that_tries_again(folder):
 def test_an_empty_folder_is_no_result(tmp_path):
     with pytest.raises(ValueError, match="no weights"):
         hub.selected(tmp_path)
+
+
+def test_settings_are_cut_by_what_an_option_is_and_not_by_its_looks(folder, tmp_path, monkeypatch):
+    """A prompt may begin like a path, and a folder like a repository: it is one where the run was started."""
+    (tmp_path / "smith_models" / "base").mkdir(parents=True)
+    (tmp_path / "smith_data" / "pets").mkdir(parents=True)
+    prompts = ["./a dog", "~ a dog", "/ dog", "smith_models", ". a dog"]
+    given = {
+        "pretrained_model_name_or_path": "smith_models/base",
+        "pretrained_vae_model_name_or_path": "stabilityai/sd-vae-ft-mse",
+        "dataset_name": "smith_data/pets",
+        "instance_data_dir": "smith_children/2019",
+        "class_data_dir": "smith_children/others",
+        "validation_images": ["smith_children/1.png"],
+        "validation_prompt": prompts,
+        "test_prompts": prompts,
+        "instance_prompt": "/a/dog",
+        "lora_target_modules": ["to_q"],
+    }
+    monkeypatch.chdir(tmp_path)
+    startup.write_settings(folder, given)
+    make_card(folder, base_model="smith_models/base", dataset="smith_data/pets")
+    monkeypatch.chdir("/")
+    sent = hub.selected(folder)
+    assert not [name for name, data in sent.items() if isinstance(data, bytes) and b"smith_children" in data]
+    told = yaml.safe_load(sent["training_config.yaml"])
+    cut = {"pretrained_model_name_or_path": "base", "dataset_name": "pets", "instance_data_dir": "2019"}
+    cut |= {"class_data_dir": "others", "validation_images": ["1.png"]}
+    assert told == given | cut
+    assert "smith" not in sent["README.md"].decode() and ModelCard(sent["README.md"].decode()).data.base_model is None
+    # Settings of an earlier version do not say which were folders: only what the hub gave this machine is kept whole.
+    text = (folder / "training_config.yaml").read_text().split("\n", 1)[1]
+    (folder / "training_config.yaml").write_text(text)
+    cache = tmp_path / "cache" / "models--stabilityai--sd-vae-ft-mse"
+    cache.mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache.parent))
+    assert yaml.safe_load(hub.selected(folder)["training_config.yaml"]) == given | cut
+
+
+def test_every_option_that_names_a_folder_is_known(monkeypatch):
+    found = set()
+
+    def remember(parser, argv=None):
+        found.update(a.dest for a in parser._actions if a.type in (settings.folder, settings.concepts_file))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(arguments, "parse", remember)
+    for script in ROOT.glob("train_*.py"):
+        with pytest.raises(KeyboardInterrupt):
+            importlib.import_module(script.stem).parse_args([])
+    assert found - set(settings.OCCASIONAL) == {*saved.PLACES, *saved.NAMED}
+
+
+def pipeline_of(folder):
+    """The result of a full run in place of the adapters."""
+    (folder / "pytorch_lora_weights.safetensors").unlink()
+    parts = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": "DDPMScheduler"}
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_name_or_path": "/home/smith/base",
+        "safety_checker": [None, None],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index | {part: ["diffusers", parts[part]] for part in parts}))
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    (folder / "vae").mkdir()
+    (folder / "vae" / "config.json").write_text('{"_name_or_path": "/home/smith/base", "sample_size": 8}')
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(WEIGHTS)
+    return folder
+
+
+DAMAGES = {
+    "nothing": None,
+    "'{unet}' is damaged: 1000 bytes, its header says": lambda unet: unet.write_bytes(unet.read_bytes()[:1000]),
+    "'{unet}' is damaged: it is no safetensors file": lambda unet: unet.write_bytes(b""),
+    "is not a whole pipeline: unet/ has no safetensors weights": lambda unet: unet.unlink(),
+    "is not a whole pipeline: vae/ has no config.json": lambda unet: (unet.parents[1] / "vae/config.json").unlink(),
+    "scheduler/ has no scheduler_config.json": lambda unet: (
+        unet.parents[1] / "scheduler/scheduler_config.json"
+    ).unlink(),
+    "config.json' is damaged": lambda unet: (unet.parent / "config.json").write_text("{"),
+    "names b.safetensors, which is not there": lambda unet: (unet.parent / "x.safetensors.index.json").write_text(
+        '{"weight_map": {"w": "b.safetensors"}}'
+    ),
+}
+
+
+@pytest.mark.parametrize("said", DAMAGES)
+def test_what_nobody_could_load_is_not_published(folder, said):
+    pipeline_of(folder)
+    make_card(folder, adapters=None)
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    unet.write_bytes(save({"weight": torch.ones(3000)}))
+    if DAMAGES[said]:
+        DAMAGES[said](unet)
+    with fake_hub.Hub() as server:
+        done = publish(server.url, folder)
+    if DAMAGES[said]:
+        assert done.returncode == hub.NOT_PUBLISHED and said.format(unet=unet) in done.stderr, done.stderr
+        assert server.calls == [] and "once more" not in done.stderr
+    else:
+        assert done.returncode == 0 and "model_index.json" in server.files, done.stderr
+        assert not [name for name, data in server.files.items() if b"smith" in data]
+
+
+def test_a_hub_that_never_answers_is_given_up_and_the_printed_command_works_anywhere(folder, tmp_path):
+    make_card(folder)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done = publish(address, folder.name, cwd=folder.parent, patience=0.3)
+    assert done.returncode == hub.NOT_PUBLISHED and "timed out" in done.stderr, done.stderr
+    command = done.stderr.split("To try again: ")[1].strip()
+    env = dict(os.environ, HF_HUB_DISABLE_XET="1", HF_HUB_OFFLINE="0", HF_TOKEN=TOKEN)
+    env["PATH"] = f"{os.path.dirname(sys.executable)}:{env['PATH']}"
+    with fake_hub.Hub() as server:
+        env["HF_ENDPOINT"] = server.url
+        done = subprocess.run(command, shell=True, cwd="/", env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert server.repos == {"someone/dog": "private"} and len(server.files) == 7

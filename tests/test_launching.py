@@ -1,6 +1,7 @@
 """What `accelerate launch` and its configuration say, and what trackers get: the same run as by our own options."""
 
 import shlex
+import socket
 import subprocess
 import sys
 
@@ -79,8 +80,12 @@ def test_wandb_without_a_login_asks_nobody_and_keeps_all(train, tmp_path, monkey
     monkeypatch.delenv("WANDB_MODE")  # set for tests
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    subprocess.run(["git", "remote", "add", "origin", "https://example.org/smith.git"], check=True)
     for name in ("WANDB_API_KEY", "WANDB_DIR", "NETRC"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(socket, "gethostname", lambda: "smith-laptop")
+    monkeypatch.setattr(sys, "argv", ["smith.py", "--instance_data_dir", "smith_children"])
     folder = train(LORA, f"{SHORT} --report_to wandb --validation_steps 1 {VALIDATE}")
     assert "wandb is not logged in" in capsys.readouterr().err
     assert not (tmp_path / "wandb").exists()
@@ -89,3 +94,6 @@ def test_wandb_without_a_login_asks_nobody_and_keeps_all(train, tmp_path, monkey
     assert sorted(pictures) == [["validation", str(step)] for step in (0, 1, 2, 3) for _ in range(2)]
     told = next(recorded.glob("*.wandb")).read_bytes()
     assert all(name in told for name in (b"grad_norm", b"learning_rate", b"lora_alpha"))
+    # Nothing of the machine: command line, host, the remote of the folder's repository.
+    for file in [path for path in recorded.rglob("*") if path.is_file()]:
+        assert not [word for word in (b"smith-laptop", b"smith_children", b"smith.git") if word in file.read_bytes()]

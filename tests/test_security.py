@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_scripts import losses, train  # noqa: F401 - train is a fixture
 
+from utils import hub
 from utils.checkpoints import manifests
 
 TOKEN = "hf_" + "Secret7" * 5
@@ -254,3 +255,50 @@ def test_a_traceback_and_a_failed_upload_do_not_tell_the_token(sd1, photos, tmp_
         late = launch("train_dreambooth_lora", [*words, "--output_dir", tmp_path / "late"], server, HOME=str(tmp_path))
     assert late.returncode == 6 and "python -m utils.hub" in late.stderr
     searched(tmp_path, broken.stdout, broken.stderr, late.stdout, late.stderr)
+
+
+KINDS = {  # script and options => what it leaves: adapters in each format, whole pipelines, tokens, PDM's
+    "lora": ("train_dreambooth_lora", "--train_text_encoder --output_kohya_format"),
+    "lokr": ("train_dreambooth_lora", "--adapter lokr --output_kohya_format"),
+    "tokens": ("train_dreambooth_lora", "--train_text_encoder_ti --instance_prompt 'a photo of TOK dog'"),
+    "full": ("train_dreambooth", "--train_text_encoder --use_ema"),
+    "pdm": ("train_pdmbooth_lora", "--class_prompt dog --use_pdm_loss --pdm_inversion_steps 2"),
+    "sdxl": ("train_dreambooth_lora_sdxl", "--train_text_encoder"),
+    "full sdxl": ("train_dreambooth", ""),
+    "captioned": ("train_text_to_image_lora", ""),
+    "captioned full": ("train_text_to_image", ""),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_folder_of_this_machine_is_in_any_uploaded_byte(sd1, sdxl, photos, tmp_path, monkeypatch, kind):
+    """Base model and photos by relative names, whose first part tells whose they are; uploaded from elsewhere."""
+    script, options = KINDS[kind]
+    home = tmp_path / "home"
+    shutil.copytree(sdxl if "sdxl" in kind else sd1, home / "smith_models" / "base")
+    shutil.copytree(photos, home / "smith_children" / "2019")
+    monkeypatch.chdir(home)
+    base = "smith_models/base" if "full" not in kind else home / "smith_models" / "base"
+    words = shlex.split(f"--pretrained_model_name_or_path '{base}' --output_dir run --report_to none {options} {ONE}")
+    if "captioned" in kind:
+        for photo in list((home / "smith_children" / "2019").glob("*.png")):
+            photo.with_suffix(".txt").write_text("a dog")
+        words += ["--train_data_dir", "smith_children/2019", "--resolution", "64"]
+    else:
+        words += ["--instance_data_dir", "smith_children/2019"]
+        words += [] if "--instance_prompt" in words else ["--instance_prompt", "./sks dog"]
+    words += ["--validation_prompt", "~ sks", "--validation_num_inference_steps", "1", "--checkpointing_steps", "1"]
+    words += ["--num_validation_images", "1", "--seed", "1"]
+    module = importlib.import_module(script)
+    module.main(module.parse_args(words))
+    monkeypatch.chdir("/")
+    sent = hub.selected(home / "run")
+    hub.check_whole(home / "run", sent)
+    for name, data in sent.items():
+        data = data if isinstance(data, bytes) else data.read_bytes()
+        assert b"smith" not in data and str(home).encode() not in data, name
+    assert yaml.safe_load(sent["training_config.yaml"])["validation_prompt"] == ["~ sks"]
+    for file in (home / "run").rglob(
+        "config.json"
+    ):  # nor where they might be copied from by hand, checkpoints included
+        assert "smith" not in file.read_text()

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,8 @@ from fnmatch import fnmatchcase
 from html import escape
 from pathlib import Path
 
-from utils import captions, errors, models, saved
+from utils import captions, errors, models, saved, strict
+from utils.preflight import remote
 from utils.report import curves, gallery
 
 NOT_PUBLISHED = 6  # exit code: trained and saved, but not uploaded
@@ -26,6 +28,9 @@ PARTS = ("unet", "text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenize
 PART_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 LICENSES = {"stable-diffusion": "creativeml-openrail-m", "stable-diffusion-xl": "openrail++"}  # of the base models
 LICENSES |= dict.fromkeys(models.EMBEDDED, "apache-2.0")
+ROOT = Path(__file__).resolve().parent.parent  # from where `python -m utils.hub` is found
+PATIENCE = 60.0  # seconds without a byte from the hub, after which it is taken to be gone
+LONGEST = 600.0  # seconds after which no further attempt begins
 NO_SECRETS = ("tokenizer", "token_abstraction", "num_new_tokens")  # options that are not left out for their names
 WAITS = (2, 8, 30)  # seconds before the second, third and fourth attempt
 
@@ -64,7 +69,7 @@ def card(
         license=license or LICENSES.get(base_model) or LICENSES.get(family.removesuffix("-inpainting"), "other"),
         pipeline_tag="text-to-image",
         tags=tags,
-        datasets=[dataset] if dataset and re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) else None,
+        datasets=[dataset] if dataset and re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) and not is_local(dataset) else None,
         inference=True,
         **more,
     )
@@ -119,6 +124,7 @@ def publish(
     private: bool = True,  # for a new repository; one that exists stays as it is
     token: str | None = None,  # or env:NAME; default: HF_TOKEN or the login
     waits: tuple = WAITS,
+    patience: float = PATIENCE,
     give_up: Callable[[], bool] = lambda: False,  # asked between attempts: a job that was told to stop waits no longer
     allow_diverged: bool = False,
 ) -> bool:
@@ -130,24 +136,29 @@ def publish(
         token = os.environ.get(token.removeprefix("env:"))
     token = token or get_token()
     model_id = model_id or hub_name(Path(output_dir))
-    again = f"python -m utils.hub {json.dumps(str(output_dir))} --hub_model_id {model_id}" + " --public" * (not private)
+    again = shlex.join(["python", "-m", "utils.hub", str(Path(output_dir).resolve()), "--hub_model_id", model_id])
+    again = f"cd {shlex.quote(str(ROOT))} && {again}" + " --public" * (not private)
     if (how := diverged(Path(output_dir))) and not allow_diverged:
         errors.warn(f"not published: the run has diverged ({how}). To upload it all the same: {again} --allow_diverged")
         return False
     if not sys.stderr.isatty():
         disable_progress_bars()
     api = HfApi(token=token)
+    remote.patient(patience)
+    began = time.monotonic()
     for wait in (*waits, None):
         try:
-            repo = api.create_repo(model_id, private=private, exist_ok=True).repo_id
             files = selected(Path(output_dir), token)
+            check_whole(Path(output_dir), files)
+            repo = api.create_repo(model_id, private=private, exist_ok=True).repo_id
             operations = [CommitOperationAdd(path, data) for path, data in files.items()]
             done = api.create_commit(repo, operations, commit_message="Upload the result of a training run")
             print(f"published {len(operations)} files: {done.repo_url}", flush=True)
             return True
         except Exception as problem:  # whatever it is: the result is on disk, and the run must end well
             reason = _reason(problem, token)
-            if wait is None or not passing(problem) or give_up():
+            late = time.monotonic() - began > LONGEST
+            if wait is None or late or not passing(problem) or give_up():
                 break
             errors.warn(f"upload failed ({reason}); once more in {wait} s")
             until = time.monotonic() + wait
@@ -184,11 +195,64 @@ def selected(output_dir: Path, token: str | None = None) -> dict[str, Path | byt
         raise ValueError(f"{output_dir}: {saved.INTERRUPTED}")
     if not any(name.endswith(".safetensors") for name in files):
         raise ValueError(f"{output_dir} holds no weights")
-    for name, clean in (("README.md", _public_card), ("training_config.yaml", _public_settings)):
-        if (output_dir / name).is_file():
-            text = clean((output_dir / name).read_text(encoding="utf-8"))
+    for name in [name for name in files if name.endswith("config.json") or name == "model_index.json"]:
+        told = _json(files[name])
+        if (kept := saved.without_origins(told)) != told:
+            files[name] = json.dumps(kept, indent=2).encode()
+    settings, card = (_text(output_dir / name) for name in ("training_config.yaml", "README.md"))
+    local = _folders_here(settings)
+    for name, text in (
+        ("README.md", _public_card(card, local) if card else ""),
+        ("training_config.yaml", _public_settings(settings, local) if settings else ""),
+    ):
+        if text:
             files[name] = (text.replace(token, "hf_***") if token else text).encode()
     return files
+
+
+def check_whole(output_dir: Path, files: dict[str, Path | bytes]) -> None:
+    """ValueError for what nobody could load: weights cut short, a part that the index names and that is not there."""
+    for name, file in files.items():
+        if name.endswith(".safetensors"):
+            saved.whole_header(file)
+        elif name.endswith(".json") and isinstance(file, Path):  # bytes were read already
+            _json(file)
+    index = saved.read_json(output_dir / "model_index.json") if "model_index.json" in files else {}
+    for part, named in index.items():
+        if part in PARTS and isinstance(named, list) and named[0]:
+            missing = _missing(part, {name.removeprefix(f"{part}/") for name in files if name.startswith(f"{part}/")})
+            if missing:
+                raise ValueError(f"'{output_dir}' is not a whole pipeline: {part}/ has no {missing}")
+    for name, file in files.items():
+        if name.endswith(".safetensors.index.json"):
+            shards = set(json.loads(file.read_text(encoding="utf-8")).get("weight_map", {}).values())
+            absent = sorted(shard for shard in shards if f"{Path(name).parent.as_posix()}/{shard}" not in files)
+            if absent:
+                raise ValueError(f"'{output_dir / name}' names {absent[0]}, which is not there")
+
+
+def _missing(part: str, names: set[str]) -> str | None:
+    """What a part of a pipeline cannot be loaded without."""
+    if part == "scheduler":
+        return None if "scheduler_config.json" in names else "scheduler_config.json"
+    if part == "feature_extractor":
+        return None if "preprocessor_config.json" in names else "preprocessor_config.json"
+    if part.startswith("tokenizer"):
+        return None if names & {"tokenizer.json", "vocab.json", "spiece.model"} else "vocabulary"
+    if not any(name.endswith(".safetensors") for name in names):
+        return "safetensors weights"
+    return None if "config.json" in names else "config.json"
+
+
+def _json(file: Path):
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ValueError(f"'{file}' is damaged: {problem}") from None
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def hub_name(output_dir: Path) -> str:
@@ -207,32 +271,60 @@ def passing(problem: Exception) -> bool:
     return isinstance(problem, OSError) or type(problem).__module__.split(".")[0].startswith(("httpx", "httpcore"))
 
 
-def _public_card(text: str) -> str:
+def _folders_here(settings: str) -> set[str]:
+    """The models and data sets that were folders when the run wrote its settings, by their names there.
+
+    `owner/name` may be both, and the folder is seen only from where the run was started. A run that did not write it
+    down (of an earlier version) used the hub only for what this machine still has of it.
+    """
+    told = strict.yaml(settings) or {} if settings else {}
+    line = next((line for line in settings.splitlines() if line.startswith(saved.HERE)), None)
+    given = {name: told[name] for name in saved.NAMED if isinstance(told.get(name), str) and told[name]}
+    if line is not None:
+        named = set(line.removeprefix(saved.HERE).split(", "))
+        return {value for name, value in given.items() if name in named or is_local(value)}
+    return {value for value in given.values() if is_local(value) or ("/" in value and not _fetched(value))}
+
+
+def _fetched(name: str) -> bool:
+    from huggingface_hub import constants
+
+    folder = name.replace("/", "--")
+    return any(Path(constants.HF_HUB_CACHE, f"{kind}--{folder}").is_dir() for kind in ("models", "datasets"))
+
+
+def _public_card(text: str, local: set[str]) -> str:
     """The card without this machine's folders: a base model that only exists here has no place on the hub."""
     from huggingface_hub import ModelCard
 
     made = ModelCard(text)
     base = made.data.base_model
-    if isinstance(base, str) and is_local(base):
+    if isinstance(base, str) and (base in local or is_local(base)):
         made.data.base_model = None
         made.text = made.text.replace(base, Path(base).name)
     return str(made)
 
 
-def _public_settings(text: str) -> str:
-    """The settings with folders by their last name only, and without anything called a token."""
+def _public_settings(text: str, local: set[str]) -> str:
+    """The settings with folders by their last name only, and without anything called a token.
+
+    What is a folder is known by the option: a prompt may begin like a path.
+    """
     import yaml
 
-    def clean(value):
+    def clean(name, value):
         if isinstance(value, list):
-            return [clean(each) for each in value]
+            return [clean(name, each) for each in value]
         if isinstance(value, dict):  # a subject of --concepts_list
-            return {name: clean(each) for name, each in value.items()}
-        return Path(value).name if isinstance(value, str) and value and is_local(value) else value
+            return {key: clean(key, each) for key, each in value.items()}
+        folder = name in saved.PLACES or (name in saved.NAMED and (value in local or is_local(str(value))))
+        return Path(value).name if folder and isinstance(value, str) else value
 
-    settings = yaml.safe_load(text) or {}
+    settings = strict.yaml(text) or {}
     kept = {
-        name: clean(value) for name, value in settings.items() if "token" not in name or name.startswith(NO_SECRETS)
+        name: clean(name, value)
+        for name, value in settings.items()
+        if "token" not in name or name.startswith(NO_SECRETS)
     }
     return yaml.safe_dump(kept, allow_unicode=True, sort_keys=False)
 

@@ -55,6 +55,7 @@ class Full:
             if name.startswith("text_encoder"):
                 clip.with_prefix(Path(folder, name + mark, WEIGHTS[name]))
             saved.shared(Path(folder, name + mark))
+            saved.forget_origins(Path(folder, name + mark))
 
     def load(self, folder: str | Path, mark: str = "") -> None:
         """The exact inverse of save, in place: optimizers and wrappers keep pointing at the same weights."""

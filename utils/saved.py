@@ -10,7 +10,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,13 @@ CHANGED = ("prediction_type", "rescale_betas_zero_snr", "clip_skip")  # options 
 MODULES = ("unet", "text_encoder", "text_encoder_2")  # what a full checkpoint can hold
 UMASK = os.umask(0o077)  # it can only be read by being set
 os.umask(UMASK)
+# Options that name a folder of this machine or a repository of the hub, and those that only name places here.
+NAMED = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "tokenizer_name", "dataset_name")
+NAMED += ("sam_model_name_or_path", "clip_model_name_or_path", "dino_model_name_or_path")
+PLACES = ("instance_data_dir", "class_data_dir", "train_data_dir", "masks_dir", "features_data_dir", "precomputed_dir")
+PLACES += ("concepts_list", "validation_images", "cache_dir", "output_dir", "logging_dir", "wandb_dir")
+HERE = "# Folders of this machine: "  # in training_config.yaml, before those of NAMED that were folders
+ORIGINS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "merges_file")  # where something was read
 AVERAGED = "_ema"  # in a checkpoint, behind the names of files and networks that hold the averages of the others
 
 
@@ -215,6 +222,26 @@ def shared(path: str | Path) -> None:
             file.chmod(0o666 & ~UMASK)
 
 
+def folders_here(settings: Mapping) -> list[str]:
+    """Those of NAMED that are folders: known only where and while the run goes on, for `owner/name` may be both."""
+    return [name for name in NAMED if isinstance(settings.get(name), str) and Path(settings[name]).exists()]
+
+
+def without_origins(value):
+    """A configuration without the places that its part was read from: no reader needs them, and they name the user."""
+    if isinstance(value, dict):
+        return {key: without_origins(entry) for key, entry in value.items() if key not in ORIGINS}
+    return [without_origins(entry) for entry in value] if isinstance(value, list) else value
+
+
+def forget_origins(folder: str | Path) -> None:
+    """In every *config.json and model_index.json of a part or pipeline that was saved just now."""
+    for file in [*Path(folder).rglob("*config.json"), *Path(folder).glob("model_index.json")]:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        if (kept := without_origins(told)) != told:
+            file.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
 def snapshot_steps(total_steps: int, given: int | None, interval: int) -> int:
     """Optimizer steps between snapshots of averages: a twentieth of the run, rounded up to an update."""
     return given or math.ceil(total_steps / 20 / interval) * interval
@@ -359,6 +386,21 @@ def header(file: Path) -> dict:
     except (OSError, ValueError, struct.error):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def whole_header(file: Path) -> dict:
+    """The table of contents of a safetensors file; ValueError where the file is cut short or is something else."""
+    try:
+        with file.open("rb") as opened:
+            length = struct.unpack("<Q", opened.read(8))[0]
+            entries = json.loads(opened.read(min(length, 100_000_000)))
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+    except (struct.error, ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"'{file}' is damaged: it is no safetensors file") from None
+    expected, found = 8 + length + max(ends, default=0), file.stat().st_size
+    if found != expected:
+        raise ValueError(f"'{file}' is damaged: {found} bytes, its header says {expected}")
+    return entries
 
 
 def looks_like_lora(file: Path) -> bool:

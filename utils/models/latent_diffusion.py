@@ -459,5 +459,6 @@ class LatentDiffusion:
             clip.with_prefix(Path(folder, name, "model.safetensors"))
         for name in self.names:
             saved.shared(Path(folder, name))
+            saved.forget_origins(Path(folder, name))
         for part in self.tokenizers:
             clip.save_vocabulary(Path(folder, part))

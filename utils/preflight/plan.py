@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,24 +77,9 @@ def shapes(folder: Path, variant: str | None = None) -> dict[str, tuple[int, ...
     for file in sorted(folder.glob("*.safetensors")):
         match = WEIGHTS.fullmatch(file.name)
         if match and match["variant"] == variant:
-            entries = _header(file)
+            entries = saved.whole_header(file)
             found |= {name: tuple(entry["shape"]) for name, entry in entries.items() if name != "__metadata__"}
     return found
-
-
-def _header(file: Path) -> dict:
-    """The table of contents of a safetensors file; ValueError where the file is cut short or is something else."""
-    try:
-        with file.open("rb") as opened:
-            length = struct.unpack("<Q", opened.read(8))[0]
-            entries = json.loads(opened.read(min(length, 100_000_000)))
-        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
-    except (struct.error, ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(f"'{file}' is damaged: it is no safetensors file") from None
-    expected, found = 8 + length + max(ends, default=0), file.stat().st_size
-    if found != expected:
-        raise ValueError(f"'{file}' is damaged: {found} bytes, its header says {expected}")
-    return entries
 
 
 def examples_per_step(args: argparse.Namespace) -> int:

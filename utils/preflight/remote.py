@@ -14,6 +14,7 @@ from pathlib import Path
 
 from utils.errors import warn
 
+PATIENCE = 20.0  # seconds in which the hub must answer before training; afterwards it is asked once more
 REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet-ml", "trackio": "trackio"}
 
@@ -85,6 +86,19 @@ def reachable() -> bool:
         return False
 
 
+def patient(seconds: float) -> None:
+    """Let the hub's client give up on a hub that sends nothing for so long: by itself it waits for ever."""
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def client():
+        made = default_client_factory()
+        made.timeout = seconds
+        return made
+
+    set_client_factory(client)
+
+
 def hub(args: argparse.Namespace) -> list[str]:
     """Complaints about the rights to upload. A hub that is merely out of reach now is no reason not to train."""
     if not args.push_to_hub:
@@ -100,6 +114,7 @@ def hub(args: argparse.Namespace) -> list[str]:
     if not reachable():
         warn("--push_to_hub: the hub cannot be reached now; the upload is tried after training")
         return []
+    patient(PATIENCE)
     try:
         account = huggingface_hub.whoami()
     except huggingface_hub.errors.HfHubHTTPError as problem:

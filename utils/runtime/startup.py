@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from utils import errors, strict
+from utils import errors, saved, strict
 from utils.checkpoints import manifests
 from utils.report import gallery
 from utils.runtime import engines, signals
@@ -268,7 +268,9 @@ def write_settings(folder: Path, config: dict) -> None:
     """Every option, without secrets; usable as --config."""
     import yaml
 
-    text = yaml.safe_dump(redact(config), sort_keys=False, allow_unicode=True)
+    here = saved.folders_here(config)
+    text = f"{saved.HERE}{', '.join(here)}\n" if here else f"{saved.HERE}none\n"
+    text += yaml.safe_dump(redact(config), sort_keys=False, allow_unicode=True)
     write_whole(Path(folder) / SETTINGS, text)
 
 

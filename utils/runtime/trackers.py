@@ -6,6 +6,10 @@ import os
 from utils import errors
 from utils.runtime import startup
 
+# By itself wandb records the command line (folders of photos among it), the git remote, the host name and the source.
+WANDB_PRIVATE = {"disable_git": True, "x_disable_meta": True, "x_disable_machine_info": True, "save_code": False}
+WANDB_PRIVATE |= {"host": "not recorded"}
+
 
 class Trackers:
     def __init__(self, accelerator, project: str, wandb_exp: str | None = None, wandb_dir: str | None = None):
@@ -48,8 +52,10 @@ class Trackers:
         self.active = []
 
     def _wandb(self) -> dict:
-        """Its files go where other trackers' go, not into the folder that the run was started from."""
-        named = {"name": self.wandb_exp} if self.wandb_exp else {}
+        """Its files go where other trackers' go, not into the folder that the run was started from; what it would
+        record of the machine stays here unless its variable (WANDB_DISABLE_GIT=false, ...) asks for it."""
+        kept = {name: value for name, value in WANDB_PRIVATE.items() if f"WANDB_{name}".upper() not in os.environ}
+        named = {"settings": kept} | ({"name": self.wandb_exp} if self.wandb_exp else {})
         if os.environ.get("WANDB_DIR") and not self.wandb_dir:
             return named
         folder = self.wandb_dir or self.accelerator.logging_dir
