@@ -158,6 +158,74 @@ def test_bad_rows_follow_the_policy(tmp_path):
     assert any(record["lost"] and record["lost"][1] for record in (worse[position][0] for position in range(40)))
 
 
+def _boundaries(path):
+    """Where each member of a tar file begins, and where the mark at the end does."""
+    with tarfile.open(path) as file:
+        return [member.offset for member in file] + [file.offset]
+
+
+@pytest.mark.parametrize("damage", ["boundary", "picture", "header", "no end", "empty", "joined", "text"])
+def test_a_damaged_tar_is_an_error_or_left_out_from_the_damage_on(folder, capsys, damage):
+    """19 rows of two or three members each: what tarfile takes for the end of the file is not one."""
+    path, whole = folder / "c.tar", (folder / "c.tar").read_bytes()
+    places, used = _boundaries(path), 0
+    sixth, at = places[_first_of(path, 5)], places[_first_of(path, 7)]
+    if damage == "boundary":  # nobody knows that the fifth row was complete
+        path.write_bytes(whole[:sixth])
+        used, why = 4, f"is cut short at byte {sixth:,}: it lacks the mark"
+    if damage == "picture":
+        path.write_bytes(whole[: sixth + 600])
+        used, why = 5, "is cut short or is not a tar file (unexpected end of data)"
+    if damage == "header":
+        path.write_bytes(whole[:at] + b"?" * 512 + whole[at + 512 :])
+        used, why = 6, f"has a damaged header at byte {at:,}"
+    if damage == "no end":
+        path.write_bytes(whole[: places[-1]])
+        used, why = 18, f"is cut short at byte {places[-1]:,}: it lacks the mark at the end"
+    if damage == "empty":
+        path.write_bytes(b"")
+        why = "is cut short or is not a tar file (empty file)"
+    if damage == "joined":
+        path.write_bytes(whole + (folder / "d.tar").read_bytes())
+        used, why = 18, "holds more after its end"
+    if damage == "text":
+        path.write_bytes(b"<html>not found</html>" * 100)
+        why = "is cut short or is not a tar file"
+    with pytest.raises(SystemExit) as stop:
+        shards.Shards(shards.local(folder))
+    said = capsys.readouterr().err
+    assert stop.value.code == 3 and f"'{path}' {why}" in said and "1 of 4 shards are damaged" in said
+    rows = shards.Shards(shards.local(folder), on_bad_image="skip")
+    said = capsys.readouterr()
+    assert f"'{path}' {why}" in said.err and f"{used} pictures before the damage are used" in said.err
+    assert len(rows) == 81 + used and f"{81 + used} pictures in 4 shards" in said.out
+    assert all(not row.problem for row in map(rows.__getitem__, range(len(rows))))
+    alone = [str(path)]
+    with pytest.raises(SystemExit) as stop:
+        shards.Shards(alone, on_bad_image="skip")
+    assert stop.value.code == 3 and "too many to leave out" in capsys.readouterr().err
+
+
+def _first_of(path, row):
+    """Number of the member with which a row begins; before the tar file is damaged."""
+    with tarfile.open(path) as file:
+        stems = [member.name.split(".")[1] for member in file]
+    return stems.index(list(dict.fromkeys(stems))[row])
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "text"])
+def test_a_damaged_parquet_file_is_an_error_or_left_out(folder, capsys, how):
+    path = folder / "a.parquet"
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "text": b"<html>" * 100}[how])
+    with pytest.raises(SystemExit) as stop:
+        shards.Shards(shards.local(folder))
+    assert stop.value.code == 3 and f"'{path}' cannot be read: " in capsys.readouterr().err
+    assert len(shards.Shards(shards.local(folder), on_bad_image="skip")) == 70
+    said = capsys.readouterr()
+    assert f"'{path}' cannot be read: " in said.err and "0 pictures before the damage" in said.err
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "d.tar"])
 def test_a_shard_that_is_gone_ends_the_run_whatever_the_policy(folder, name, monkeypatch):
     monkeypatch.setattr(lost, "RETRIES", (0,))

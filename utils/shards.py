@@ -95,14 +95,23 @@ def of_hub(name: str, config: str | None, split: str, cache_dir: str | None) -> 
 class Shards(Sequence):
     """All rows, in the order of the files."""
 
-    def __init__(self, files: Sequence[str], image_column: str = "image", caption_column: str | None = None):
+    def __init__(
+        self,
+        files: Sequence[str],
+        image_column: str = "image",
+        caption_column: str | None = None,
+        on_bad_image: str = "error",  # "skip": of a damaged shard only what comes before the damage
+    ):
         self.files, self.image_column, self.caption_column = list(files), image_column, caption_column
         with ThreadPoolExecutor(16) as pool:  # on the hub each is a question and its answer
             found = list(pool.map(self._pieces, self.files))
-        self.pieces = [piece for pieces in found for piece in pieces if piece.rows]
+        self.pieces = [piece for pieces, _ in found for piece in pieces if piece.rows]
+        _judge({file: (pieces, why) for file, (pieces, why) in zip(self.files, found)}, on_bad_image)
         self.starts = list(itertools.accumulate((piece.rows for piece in self.pieces), initial=0))
         if not self.pieces:
             errors.refuse(f"--streaming: the {len(self.files)} shards hold no rows")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"--streaming: {len(self):,} pictures in {len(self.files)} shards", flush=True)
         self._reader: tuple | None = None  # (process, piece, next row, its iterator)
 
     def __getstate__(self) -> dict:  # on the way to a worker process, which opens files of its own
@@ -145,11 +154,15 @@ class Shards(Sequence):
         self._reader = (*here[:2], start + count, rows) if start + count < piece.rows else None
         return found
 
-    def _pieces(self, file: str) -> list[Piece]:
+    def _pieces(self, file: str) -> tuple[list[Piece], str | None]:
+        """=> (what can be read, why there is not more)"""
+        damage: list[str] = []
         try:
             with _opened(file) as opened:
-                return self._kind(file)[0](file, opened)
-        except (OSError, ValueError) as problem:  # pyarrow's are among them
+                return self._kind(file)[0](file, opened, damage), next(iter(damage), None)
+        except ValueError as problem:  # pyarrow's about the content are among them
+            return [], f"cannot be read: {problem}"
+        except Exception as problem:  # of the file system or the network: no reason to train on less
             return errors.refuse(f"--streaming: '{file}' cannot be read: {problem}", errors.DATA)
 
     def _kind(self, file: str) -> tuple[Callable, Callable]:
@@ -164,7 +177,7 @@ class Shards(Sequence):
 
     # Parquet
 
-    def _row_groups(self, file: str, opened) -> list[Piece]:
+    def _row_groups(self, file: str, opened, damage: list) -> list[Piece]:
         import pyarrow.parquet
 
         table = pyarrow.parquet.ParquetFile(opened)
@@ -194,7 +207,7 @@ class Shards(Sequence):
 
     # MDS
 
-    def _whole_mds(self, file: str, opened) -> list[Piece]:
+    def _whole_mds(self, file: str, opened, damage: list) -> list[Piece]:
         header = mds.header(opened)
         self._check(file, list(header.encodings))
         wanted = (("--image_column", self.image_column, mds.PICTURES), ("--caption_column", self._texts, mds.TEXTS))
@@ -216,8 +229,8 @@ class Shards(Sequence):
 
     # Tar
 
-    def _whole_tar(self, file: str, opened) -> list[Piece]:
-        return [Piece(file, None, 0, sum(1 for _ in _groups(opened)))]
+    def _whole_tar(self, file: str, opened, damage: list) -> list[Piece]:
+        return [Piece(file, None, 0, sum(1 for _ in _groups(opened, damage)))]
 
     def _tar(self, piece: Piece, start: int) -> Iterator[Row]:
         with _opened(piece.file) as opened:
@@ -258,35 +271,71 @@ def _opened(file: str):
     return fsspec.open(file, "rb").open()
 
 
-def _groups(opened) -> Iterator[dict[str, tuple[int, int]]]:
-    """WebDataset's rows: members next to each other with one name up to its first dot; => what: (offset, bytes)."""
+def _judge(found: dict[str, tuple[list[Piece], str | None]], on_bad_image: str) -> None:
+    """Damaged shards: an error, or left out from the damage on and named."""
+    damaged = {file: (sum(piece.rows for piece in pieces), why) for file, (pieces, why) in found.items() if why}
+    too_many = len(damaged) > images.MOST_BAD * len(found)
+    if damaged and (on_bad_image == "error" or too_many):
+        told = [f"--streaming: '{file}' {why}" for file, (_, why) in damaged.items()]
+        many = f"{len(damaged)} of {len(found)} shards are damaged"
+        remedy = "too many to leave out" if too_many else "--on_bad_image skip trains on the pictures before the damage"
+        errors.refuse([*told, f"--streaming: {many}: copy or download them again; {remedy}"], errors.DATA, once=True)
+    for file, (rows, why) in damaged.items():
+        errors.warn(f"'{file}' {why}: {rows} pictures before the damage are used, the rest is left out")
+
+
+def _groups(opened, damage: list[str]) -> Iterator[dict[str, tuple[int, int]]]:
+    """WebDataset's rows: members next to each other with one name up to its first dot; => what: (offset, bytes).
+
+    The row in which a shard is damaged is not among them; `damage` then holds the reason.
+    """
     import tarfile
 
-    with tarfile.open(fileobj=opened, mode="r:") as tar:
-        key, members = None, {}
-        for member in tar:
-            tar.members = []  # it would keep them all
-            folder, name = posixpath.split(member.name)
-            stem, _, ending = name.partition(".")
-            if (folder, stem) != key:
-                if "picture" in members:
-                    yield members
-                key, members = (folder, stem), {}
-            ending = f".{ending.lower()}"
-            if not member.isreg():
-                continue
-            if ending in images.SUFFIXES:
-                members.setdefault("picture", (member.offset_data, member.size))
-            elif ending in (".txt", ".caption", ".json"):
-                members.setdefault("json" if ending == ".json" else "text", (member.offset_data, member.size))
-        if "picture" in members:
-            yield members
+    key, members = None, {}
+    try:
+        with tarfile.open(fileobj=opened, mode="r:") as tar:
+            for member in tar:
+                tar.members = []  # it would keep them all
+                folder, name = posixpath.split(member.name)
+                stem, _, ending = name.partition(".")
+                if (folder, stem) != key:
+                    if "picture" in members:
+                        yield members
+                    key, members = (folder, stem), {}
+                ending = f".{ending.lower()}"
+                if not member.isreg():
+                    continue
+                if ending in images.SUFFIXES:
+                    members.setdefault("picture", (member.offset_data, member.size))
+                elif ending in (".txt", ".caption", ".json"):
+                    members.setdefault("json" if ending == ".json" else "text", (member.offset_data, member.size))
+            reason = _end_of_tar(opened, tar.offset)
+    except tarfile.TarError as problem:  # an empty file, something else, or an end within a member
+        reason = f"is cut short or is not a tar file ({problem})"
+    if reason:
+        damage.append(reason)
+    elif "picture" in members:
+        yield members
+
+
+def _end_of_tar(opened, offset: int) -> str | None:
+    """Why a tar file has not ended where tarfile stopped reading. At a bad header it stops as at the end of the file."""
+    opened.seek(offset)
+    block = opened.read(512)
+    if len(block) < 512:
+        return f"is cut short at byte {offset + len(block):,}: it lacks the mark at the end of a tar file"
+    if any(block):
+        return f"has a damaged header at byte {offset:,}"
+    while block := opened.read(2**20):
+        if any(block):
+            return f"holds more after its end at byte {offset:,}: tar files that were joined are not read"
+    return None
 
 
 @functools.lru_cache(maxsize=2)
 def _index(file: str) -> list[dict[str, tuple[int, int]]]:
     with _opened(file) as opened:
-        return list(_groups(opened))
+        return list(_groups(opened, []))
 
 
 def _member(opened, place: tuple[int, int], largest: int) -> bytes:

@@ -106,7 +106,7 @@ def captioned(
             files = shards.of_hub(dataset_name, dataset_config_name, dataset_split, cache_dir)
         else:
             files = shards.local(train_data_dir)
-        return shards.Shards(files, image_column, caption_column)
+        return shards.Shards(files, image_column, caption_column, on_bad_image)
     how = {"on_bad_image": on_bad_image, "share": share}
     if dataset_name:
         how |= {"image_column": image_column, "caption_column": caption_column or "text", "cache_dir": cache_dir}
