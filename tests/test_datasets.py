@@ -181,6 +181,15 @@ def test_text_in_utf16_is_not_taken_for_utf8(folder, capsys):
     assert "it holds NUL characters" in concepts.read([row])[1][0]
 
 
+def test_names_as_long_as_a_file_may_have(tmp_path):
+    """NAME.caption of a name of 252 bytes is longer than any file's name; such a file is not there."""
+    name = "ä" * 124 + ".png"
+    save(tmp_path / name)
+    assert len(name.encode()) == 252 and read(tmp_path) == (["a photo of sks dog"], [])
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "b" * 300 + ".png", "text": "x"}))
+    assert "does not exist" in read(tmp_path)[1][0]
+
+
 def test_the_hub_cache_links_to_its_blobs(tmp_path):
     blob = save(tmp_path / "blobs" / "0123.png")
     snapshot = tmp_path / "snapshots" / "abc"

@@ -115,6 +115,61 @@ def test_a_mask_moves_as_its_photo_does(folder, center):
     assert flips == {True, False}
 
 
+def _beside(size, box, masks_of="L"):
+    photo, mask = subject(size, box)
+    return datasets.Example(photo, "p", key=str(size), mask=masks.Mask(mask, key=f"mask {size} {box}"))
+
+
+@pytest.mark.parametrize("kind", ["photo", "class image", "bucket"])
+def test_a_mask_outside_of_every_crop_is_refused(capsys, kind):
+    """White at the right edge of a wide photo: the centre crop shows none of it, and every loss would be 0."""
+    outside, fine = _beside((96, 32), (88, 0, 96, 32)), _beside((96, 32), (40, 0, 50, 32))
+    how = {"center_crop": True}
+    if kind == "bucket":
+        how = {"resolution_buckets": "32x32,32x64", "center_crop": True}
+
+    def made(example, **how):
+        classes = [datasets.Example(example.source, "c", True, "c", example.mask)] if kind == "class image" else ()
+        photo = datasets.Example(subject()[0], "p", key="photo") if classes else example
+        return datasets.DreamBooth([photo], classes, size=32, **how)
+
+    with pytest.raises(SystemExit) as stop:
+        made(outside, **how)
+    said = capsys.readouterr().err
+    assert stop.value.code == errors.DATA and "lies outside of the crop of 32x32: nothing of its photo" in said
+    made(fine, **how)
+    made(outside, resolution_buckets="96x32" if kind != "class image" else "off")
+    dot = _beside((3200, 3200), (0, 0, 1, 1))
+    with pytest.raises(SystemExit):
+        made(dot)
+    assert "too small to be seen at 32x32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_random_crops_show_something_of_the_mask(flip):
+    """One in five crops would show any of it; the others are drawn again, and those that do are as they always were."""
+    example = _beside((320, 32), (310, 0, 312, 32))
+    dataset = datasets.DreamBooth([example], size=32, seed=4, random_flip=flip)
+    plain = datasets.DreamBooth(masks.without([example]), size=32, seed=4, random_flip=flip)
+    same = 0
+    for position in range(60):
+        (record,), (free,) = dataset[position], plain[position]
+        assert record["mask"].max() == 255 and torch.equal(record["pixels"], dataset[position][0]["pixels"])
+        left, there = free["crop_top_left"][1], (8, 10) if record["crop_top_left"][1] < 160 and flip else (310, 312)
+        if left < there[1] and left + 32 > there[0]:
+            assert record["crop_top_left"] == free["crop_top_left"]
+            same += 1
+    assert 0 < same < 60
+    assert len({dataset[position][0]["crop_top_left"] for position in range(60)}) > 5
+
+
+def test_a_mask_that_chance_does_not_meet_is_still_seen(monkeypatch):
+    monkeypatch.setattr(datasets, "MOST_CROPS", 1)
+    for box in ((0, 0, 2, 32), (3000, 0, 3002, 32), (3198, 0, 3200, 32)):
+        dataset = datasets.DreamBooth([_beside((3200, 32), box)], size=32, seed=4)
+        assert all(dataset[position][0]["mask"].max() == 255 for position in range(5))
+
+
 def test_alpha_masks_are_the_photos_own(tmp_path):
     photo, mask = subject()
     photo.putalpha(mask)

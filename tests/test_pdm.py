@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import shlex
 import signal
@@ -11,7 +12,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_exactness import Killed, stop  # noqa: F401 - a fixture
 from test_scripts import losses, parts, rows, same, train, weights  # noqa: F401 - train is a fixture
 
@@ -322,6 +323,67 @@ def test_a_file_is_whole_or_absent(tmp_path):
     assert list(tmp_path.iterdir()) == [path] and load_file(path)["queries"].sum() == 18
 
 
+def test_a_file_knows_its_values_and_one_without_checksum_is_looked_at(tmp_path):
+    path = tmp_path / files.name_of({"steps": 2})
+    writer = files.Writer(path, {"steps": 2}, (2, 4, 3))
+    writer.rows[:] = 1.5
+    writer.finish()
+    assert not files.is_damaged(path)
+    data = path.read_bytes()
+    for place, value in ((-1, b"\x00"), (-24, bytes(24))):  # one byte, a whole row
+        path.write_bytes(data[:place] + value + (data[place + len(value) :] if place + len(value) else b""))
+        assert files.is_damaged(path)
+    queries = torch.full((2, 4, 3), 1.5, dtype=torch.float16)
+    for change, damaged in ((1.5, False), (float("nan"), True), (0.0, True)):
+        queries[1] = change
+        save_file({"queries": queries}, path, metadata={"identity": json.dumps({"steps": 2})})  # an older version's
+        assert files.is_damaged(path) == damaged and files.read_identity(path) == {"steps": 2}
+
+
+def test_a_full_disk_is_noticed_before_the_file_is_mapped(tmp_path, monkeypatch):
+    """Writing to a mapped page that the disk has no room for kills the process without a word."""
+    small = files.Writer(tmp_path / "a", {"steps": 2}, (2, 64, 320))
+    assert small.temporary.stat().st_blocks * 512 >= 2 * 64 * 320 * 2, "the disk has given the room"
+    small.drop()
+
+    def full(handle, begin, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space"):
+        files.Writer(tmp_path / "a", {"steps": 2}, (2, 64, 320))
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_targets_are_computed_again_or_refused(train, photos, tmp_path, capsys, monkeypatch):  # noqa: F811
+    shared = tmp_path / "shared"
+    keep = f"{PDM} --save_pdm_fs --features_data_dir '{shared}'"
+    train("train_pdmbooth_lora", keep, "a")
+    before = {path.name: path.read_bytes() for path in shared.iterdir()}
+    path = sorted(shared.iterdir())[0]
+    data = before[path.name]
+    path.write_bytes(data[: -len(data) // 2] + bytes(-(-len(data) // 2)))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        train("train_pdmbooth_lora", f"{PDM} --features_data_dir '{shared}'", "b")
+    said = capsys.readouterr().err
+    assert left.value.code == 3 and f"1 targets are damaged ('{path}'): add --save_pdm_fs" in said
+    train("train_pdmbooth_lora", keep, "c")
+    said = capsys.readouterr()
+    assert f"'{path}' is damaged: computed again" in said.err and "inverting 1 photos" in said.out
+    changed = [other for other in shared.iterdir() if other.read_bytes() != before[other.name]]
+    assert not files.is_damaged(path) and changed in ([], [path]), "alone it may be rounded otherwise than in a batch"
+    path.unlink()
+
+    def full(handle, begin, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(SystemExit) as left:
+        train("train_pdmbooth_lora", keep, "d")
+    assert left.value.code == 1 and "PDM targets cannot be written (No space left" in capsys.readouterr().err
+
+
 # Training
 
 
@@ -590,6 +652,18 @@ def test_masks_that_nobody_brought_are_made_by_sam(train, tmp_path, capsys):  # 
     assert "no masks beside the pictures: toybox-sam makes them" in capsys.readouterr().out
     assert len(list((folder / "sam_masks").iterdir())) == 3
     assert "sam_model_name_or_path: toybox-sam" in (folder / "training_config.yaml").read_text()
+
+
+def test_masks_of_queries_outside_of_the_centre_are_refused(train, photos, capsys):  # noqa: F811
+    for photo in photos.glob("*.png"):
+        with Image.open(photo) as picture:
+            mask = Image.new("L", picture.size)
+        mask.paste(255, (0, mask.height - 4, mask.width, mask.height))
+        mask.save(photo.with_suffix(".mask.png"))
+    with pytest.raises(SystemExit) as left:
+        train("train_pdmbooth_lora", f"{PDM} --mask_pdm --max_train_steps 1")
+    said = capsys.readouterr().err
+    assert left.value.code == 3 and said.count("lies outside of the centre crop") == 3
 
 
 def test_photos_without_a_mask_count_as_a_whole_only_if_sam_makes_none(train, photos, class_photos, capsys):  # noqa: F811

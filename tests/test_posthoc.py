@@ -2,6 +2,7 @@
 
 import importlib
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -274,6 +275,53 @@ def test_what_cannot_be_put_together_is_refused(train, tmp_path, capsys):
     for path in file.parent.iterdir():
         path.unlink()
     assert "holds no snapshots of averages: none is due yet" in refused("--sigma_rel", 0.05)
+
+
+@pytest.mark.parametrize("how", ["bit", "nan", "huge", "old nan", "old huge", "old"])
+def test_damaged_snapshots_go_into_no_average(train, tmp_path, capsys, how):
+    folder = train("train_text_to_image_lora", "2 --checkpointing_steps 0")
+    file = folder / posthoc.FOLDER / "step-000001-0.1.safetensors"
+    tensors, (one,) = load_file(file), [one for one in posthoc.listed(file.parent) if one.file == file]
+    name = sorted(tensors)[0]
+    if "nan" in how or "huge" in how:
+        tensors[name].view(-1)[0] = float("nan") if "nan" in how else 1e37
+    if how == "bit":
+        tensors[name].view(torch.int32).view(-1)[0] ^= 1
+    told = {"step": "1", "updates": "1", "sigma_rel": "0.1"} | ({} if "old" in how else {"sha256": one.sha256})
+    save_file(tensors, file, metadata=told)
+    capsys.readouterr()
+    if how == "old":
+        after(folder, tmp_path / "out", "--sigma_rel", 0.07)
+        assert "1 snapshots have no checksum" in capsys.readouterr().err
+        return
+    with pytest.raises(SystemExit) as stop:
+        after(folder, tmp_path / "out", "--sigma_rel", 0.07)
+    assert stop.value.code == 3 and f"'{file}' is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("script", ["train_text_to_image_lora", "train_text_to_image"])
+def test_a_full_disk_or_a_kill_leaves_no_folder_that_the_same_command_refuses(
+    train, tmp_path, monkeypatch, capsys, script
+):
+    folder, out = train(script, "2 --checkpointing_steps 0"), tmp_path / "out"
+    written = Path.write_text
+
+    def full(path, *given, **named):
+        if path.name == "training_config.yaml":
+            raise OSError(28, "No space left on device")
+        return written(path, *given, **named)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
+        patched.setattr(Path, "write_text", full)
+        after(folder, out, "--sigma_rel", 0.07)
+    assert stop.value.code == 1 and "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert not out.exists() and not list(tmp_path.glob(".tmp-*"))
+    (tmp_path / ".tmp-out-ema").mkdir()  # a killed one's
+    (tmp_path / ".tmp-out-ema" / "half").write_text("")
+    after(folder, out, "--sigma_rel", 0.07)
+    assert (out / "training_config.yaml").is_file() and not (out / "half").exists()
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_courses_that_were_left_lie_beside_each_other(tmp_path):

@@ -196,6 +196,98 @@ def test_a_text_encoder_that_learns_is_asked_anew(train, compute, monkeypatch):
     assert len(heard) == 3 and not torch.allclose(heard[0], heard[-1], atol=1e-4)
 
 
+def _spoil(path, how):
+    """As a disk does: the size and the header stay."""
+    data = bytearray(path.read_bytes())
+    begin = 8 + int.from_bytes(data[:8], "little")
+    if how == "zeros":
+        data[(begin + len(data)) // 2 :] = bytes(len(data) - (begin + len(data)) // 2)
+    if how == "bit":
+        data[-5] ^= 1
+    if how == "nan":
+        data[-4:] = np.float32("nan").tobytes()
+    path.write_bytes(data)
+
+
+def _without_sums(folder):
+    """As an older version wrote it."""
+    for path in precomputed.blocks(folder):
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        rows = json.dumps(json.loads(header["__metadata__"]["rows"])["rows"])
+        text = json.dumps(header | {"__metadata__": {"rows": rows}}).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+@pytest.mark.parametrize("how, kind", [("zeros", "latents"), ("bit", "texts"), ("bit", "latents"), ("nan", "texts")])
+def test_a_damaged_block_is_refused_by_who_reads_and_mended_by_who_writes(compute, capsys, how, kind):
+    folder = compute()
+    before = contents(folder)
+    path = next(folder.glob(f"{kind}-*"))
+    _spoil(path, how)
+    with pytest.raises(SystemExit):
+        precomputed.Store(folder)
+    said = capsys.readouterr().err
+    assert f"'{path}' is damaged: python -m utils.cache with the same options computes it again" in said
+    compute()
+    assert "1 blocks written" in capsys.readouterr().out and contents(folder) == before
+    precomputed.Store(folder)
+    assert not capsys.readouterr().err
+
+
+def test_blocks_without_checksums_are_read_and_impossible_values_are_noticed(compute, capsys):
+    folder = compute()
+    _without_sums(folder)
+    capsys.readouterr()
+    assert precomputed.Store(folder).rows
+    said = capsys.readouterr().err
+    assert "2 of 2 blocks" in said and "without checksums" in said and said.count("\n") == 1
+    compute()
+    assert " 0 blocks written" in capsys.readouterr().out, "what is there is not computed again for a checksum"
+    for kind, how in (("latents", "zeros"), ("texts", "nan")):
+        _spoil(next(folder.glob(f"{kind}-*")), how)
+        with pytest.raises(SystemExit):
+            precomputed.Store(folder)
+        compute()
+        assert "1 blocks written" in capsys.readouterr().out
+
+
+def test_two_processes_with_other_options_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
+    """Both found it empty; who comes second to the manifest is refused."""
+    link = os.link
+
+    def late(temporary, path):
+        monkeypatch.setattr(os, "link", link)
+        precomputed.write_manifest(tmp_path, {"resolution": 64})
+        return link(temporary, path)
+
+    monkeypatch.setattr(os, "link", late)
+    with pytest.raises(SystemExit):
+        precomputed.write_manifest(tmp_path, {"resolution": 128})
+    assert "its resolution is 64, not 128" in capsys.readouterr().err
+    assert json.loads((tmp_path / precomputed.MANIFEST).read_text()) == {"resolution": 64}
+    assert [path.name for path in tmp_path.iterdir()] == [precomputed.MANIFEST]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_full_disk_leaves_a_folder_that_the_same_command_fills(compute, monkeypatch, capsys, tmp_path, at):
+    calls, fsync = [], os.fsync
+
+    def full(file):
+        calls.append(file)
+        if len(calls) == at:
+            raise OSError(28, "No space left on device")
+        fsync(file)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
+        patched.setattr(os, "fsync", full)
+        compute()
+    assert stop.value.code == 1 and "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert len(list((tmp_path / "store").iterdir())) == at - 1 and not list((tmp_path / "store").glob(".*"))
+    assert contents(compute()) == contents(compute("other"))
+
+
 def test_processes_that_write_the_same_do_not_trip_each_other(tmp_path, monkeypatch):
     """All shards begin with the same manifest; whoever is first takes the files of the others for leftovers."""
     path, renaming = tmp_path / precomputed.MANIFEST, Path.rename

@@ -6,8 +6,10 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import fake_hub
@@ -51,6 +53,34 @@ def test_a_good_run_passes_with_one_line(parse, photos, tmp_path, capsys):
     assert before == {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in photos.iterdir()}
     said = capsys.readouterr()
     assert said.out == f"3 photos in '{photos}', 80x96\n" and not said.err
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGUSR1", 75), ("SIGTERM", 143)])
+def test_a_signal_during_the_checks_is_answered_at_once(sd1, tmp_path, name, code):
+    """3,000 photos of a few milliseconds each: one line, the exit code, no traceback, nothing left."""
+    (tmp_path / "photos").mkdir()
+    Image.effect_noise((400, 400), 60).convert("RGB").save(tmp_path / "photos" / "0.png")
+    for number in range(1, 3000):
+        os.link(tmp_path / "photos" / "0.png", tmp_path / "photos" / f"{number}.png")
+    words = ["--pretrained_model_name_or_path", str(sd1), "--instance_data_dir", str(tmp_path / "photos")]
+    words += ["--instance_prompt", "a dog", "--output_dir", str(tmp_path / "out")]
+    source = (
+        "import sys, utils.images as images, train_dreambooth_lora as script\n"
+        "look = images.inspect\n"
+        "images.inspect = lambda *given, **named: print('checking', flush=True) or look(*given, **named)\n"
+        "script.main(script.parse_args())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", source, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "checking\n"
+    time.sleep(0.3)
+    began = time.monotonic()
+    process.send_signal(getattr(signal, name))
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == code and time.monotonic() - began < 3, "a second, on a machine that others use too"
+    assert said == f"warning: {name}: stopped during the checks, before training began\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_everything_wrong_is_said_at_once(parse, tmp_path, capsys):

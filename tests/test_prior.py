@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from utils import images, prior, randomness
+from utils import errors, images, prior, randomness
 
 
 class Run(SimpleNamespace):
@@ -160,6 +161,139 @@ def test_the_owners_pictures_come_first_and_stay_untouched(tmp_path, capsys):
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
+def test_a_file_under_a_drawn_ones_name_is_drawn_only_if_its_pixels_are(tmp_path, capsys):
+    """Pictures of the owner's that took the name of a drawn one are theirs: used, never replaced."""
+    fill(tmp_path, count=4)
+    drawn = [tmp_path / f"class-0000{number}.png" for number in range(4)]
+    Image.effect_noise((16, 16), 50).convert("RGB").save(drawn[0])
+    drawn[1].write_bytes(b"the owner's notes, or a format that nobody here reads")
+    drawn[2].write_bytes(b"")  # a power failure leaves this
+    drawn[3].write_bytes(drawn[3].read_bytes()[:300])  # cut, and still says that it was drawn
+    before = {path: path.read_bytes() for path in drawn[:2]}
+    found, pipeline = fill(tmp_path, count=4)
+    assert {path: path.read_bytes() for path in before} == before
+    assert [path.name for path in found] == [f"class-0000{number}.png" for number in (0, 2, 3, 4)]
+    assert sum(len(prompts) for prompts, *_ in pipeline.calls) == 3
+    said = capsys.readouterr()
+    assert said.err.count("drawn again") == 2 and said.err.count("not used") == 1 and "(1 found there" in said.out
+    assert fill(tmp_path, count=4)[0] == found
+    with pytest.raises(SystemExit):
+        fill(tmp_path, count=1, prompt="a photo of cat")
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from test_prior import Run, fill
+from utils import prior
+
+prior._fast_solver = lambda scheduler: scheduler
+draw = prior._draw
+
+def slowly(*given):
+    Path(sys.argv[2]).touch()
+    while not Path(sys.argv[3]).exists():
+        time.sleep(0.02)
+    draw(*given)
+
+prior._draw = slowly
+fill(Path(sys.argv[1]), count=3, prompt="a photo of dog")
+"""
+
+
+@pytest.fixture
+def another_run(tmp_path):
+    """another_run() starts a process that draws dogs into `class` as soon as `go` is there, and waits until it holds
+    the folder."""
+    script, started = tmp_path / "holds.py", []
+    script.write_text(HOLDS)
+
+    def start():
+        here = Path(__file__).parent
+        paths = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+        words = [sys.executable, script, tmp_path / "class", tmp_path / "holds", tmp_path / "go"]
+        started.append(subprocess.Popen(words, env=paths, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        while not (tmp_path / "holds").exists():
+            assert started[0].poll() is None
+            time.sleep(0.05)
+        return started[0]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("prompt", ["a photo of dog", "a photo of cat"])
+def test_two_runs_do_not_draw_into_one_folder_at_once(tmp_path, another_run, capsys, monkeypatch, prompt):
+    """The second waits; then it finds the images of its prompt, or refuses those of another."""
+    monkeypatch.setattr(prior, "WAIT", 0.05)
+    folder, process = tmp_path / "class", another_run()
+    assert not list(folder.glob("class-*.png"))
+    waited, sleep = [], time.sleep
+
+    def slept(seconds):
+        waited.append(seconds)
+        (tmp_path / "go").touch() if len(waited) == 3 else None
+        sleep(seconds)
+
+    monkeypatch.setattr(prior.time, "sleep", slept)
+    if prompt == "a photo of dog":
+        found, pipeline = fill(folder, count=3, prompt=prompt)
+        assert len(found) == 3 and not pipeline.calls
+    else:
+        with pytest.raises(SystemExit):
+            fill(folder, count=3, prompt=prompt)
+    said = capsys.readouterr()
+    assert said.out.count(f"waiting for the run that draws class images into '{folder}' (process {process.pid}") == 1
+    assert process.wait(60) == 0 and ("drawn for prompt 'a photo of dog'" in said.err) == (prompt != "a photo of dog")
+    assert sorted(path.name for path in folder.iterdir()) == [*(f"class-0000{n}.png" for n in range(3)), prior.SIDECAR]
+    assert len(waited) >= 3
+
+
+def test_a_stop_ends_the_wait_and_a_killed_run_holds_nothing(tmp_path, another_run, monkeypatch):
+    monkeypatch.setattr(prior, "WAIT", 0.05)
+    process, run = another_run(), Run()
+    monkeypatch.setattr(prior.time, "sleep", lambda seconds: setattr(run, "stopping", True))
+    found, pipeline = fill(tmp_path / "class", count=3, run=run)
+    assert found == [] and not pipeline.calls
+    monkeypatch.undo()
+    monkeypatch.setattr(prior, "_fast_solver", lambda scheduler: scheduler)
+    process.kill()
+    process.wait()
+    assert (tmp_path / "class" / prior.LOCK).exists()
+    assert len(fill(tmp_path / "class", count=3)[0]) == 3
+    assert not (tmp_path / "class" / prior.LOCK).exists()
+
+
+def test_a_complete_folder_needs_no_lock(tmp_path, monkeypatch):
+    """Nor anything else to be written: it may be read-only."""
+    fill(tmp_path, count=3)
+    monkeypatch.setattr(os, "open", lambda *given: pytest.fail("something is opened for writing"))
+    assert len(fill(tmp_path, count=3)[0]) == 3
+
+
+@pytest.mark.parametrize("what", ["images", "record", "folder"])
+def test_a_full_disk_while_drawing_leaves_nothing_half_written(tmp_path, monkeypatch, capsys, what):
+    def full(path, *given, **named):
+        Path(path).open("wb").close()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
+        if what == "images":
+            patched.setattr(Image.Image, "save", lambda picture, path, *given, **named: full(path))
+        if what == "record":
+            patched.setattr(Path, "write_bytes", full)
+        if what == "folder":
+            patched.setattr(Path, "mkdir", lambda *given, **named: full(tmp_path / "x"))
+        fill(tmp_path / "class", count=2)
+    assert stop.value.code == errors.FAILED and "cannot be written" in capsys.readouterr().err
+    left = [path.name for path in (tmp_path / "class").glob("*")] if what != "folder" else []
+    assert left == ([prior.SIDECAR] if what == "images" else [])
+    assert what == "folder" or not list((tmp_path / "class").glob(".*"))
+    assert len(fill(tmp_path / "class", count=2)[0]) == 2
+
+
 @pytest.mark.parametrize("other", [{"prompt": "a photo of cat"}, {"name": "another base"}, {"kind": "sample"}])
 def test_images_of_another_prompt_or_model_are_refused(tmp_path, capsys, other):
     fill(tmp_path, count=2)
@@ -279,6 +413,7 @@ def test_the_class_prompt_is_heard_as_in_training(sd1, sd2, tmp_path, monkeypatc
 TWO = """
 import json
 import sys
+import time
 from pathlib import Path
 import torch
 from accelerate import PartialState

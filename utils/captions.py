@@ -90,7 +90,7 @@ def _beside(folder: Path, picture: Path, complaints: list[str]) -> str | tuple[s
     """NAME.txt or NAME.caption; each of its lines is one caption of the picture."""
     for suffix in (".txt", ".caption"):
         path = picture.with_suffix(suffix)
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path's own raises where the name is longer than a file may have
             continue
         text = _text(folder, path, complaints)
         lines = tuple(line.strip() for line in (text or "").splitlines() if line.strip())
@@ -229,6 +229,6 @@ def _misplaced(parent: Path, name: str, folder: Path, known: set[str]) -> str | 
     if not contained(parent / name, folder):
         return f"file_name {name!r} is a link to a file outside of the folder"
     if _key(parent / name) not in known:
-        exists = (parent / name).exists()
+        exists = os.path.exists(parent / name)
         return f"file_name {name!r} " + ("is no picture" if exists else "does not exist")
     return None

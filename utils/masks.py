@@ -37,6 +37,12 @@ def open_grey(source, alpha: bool = False):
     return images.open_rgb(source, background="black").convert("L")
 
 
+def shows(mask, place: tuple[int, int], shape: tuple[int, int]) -> bool:
+    """Whether the crop of (width, height) `shape` at (top, left) shows any of a mask."""
+    top, left = place
+    return mask.crop((left, top, left + shape[0], top + shape[1])).getextrema()[1] >= BLACK
+
+
 def files(photos: Sequence[Path], folder: str | os.PathLike, masks_dir: str | None = None) -> list[Path | None]:
     """The mask of each photo: NAME.mask.png beside it; in `masks_dir`, NAME.png or NAME.mask.png at the same place."""
     if any(map(callable, photos)):  # rows of a data set, which lie in no folder

@@ -12,6 +12,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from utils import errors
@@ -134,7 +135,9 @@ def write_manifest(folder: Path, identity: dict) -> None:
     if complaints := strangers(folder, identity):
         errors.refuse(complaints)
     if not (folder / MANIFEST).exists():
-        _write(folder / MANIFEST, (json.dumps(identity, indent=1, sort_keys=True) + "\n").encode())
+        _write(folder / MANIFEST, (json.dumps(identity, indent=1, sort_keys=True) + "\n").encode(), first=True)
+        if complaints := strangers(folder, identity):  # a process with other options was faster
+            errors.refuse(complaints)
 
 
 def block_name(kind: str, identity: dict, rows: Sequence) -> str:
@@ -145,30 +148,53 @@ def write_block(folder: Path, kind: str, identity: dict, rows: Sequence, tensors
     """`tensors` have a row for each of `rows`: [key, mirrored, [width, height]] of pictures, or captions."""
     from safetensors.torch import save
 
+    from utils import sums
+
+    told = {"rows": rows, "sha256": sums.Sum(sorted(tensors.items())).hex()}
     # One entry: several would be written in an order that changes from run to run.
-    data = save({name: value.contiguous() for name, value in tensors.items()}, {"rows": json.dumps(rows)})
+    data = save({name: value.contiguous() for name, value in tensors.items()}, {"rows": json.dumps(told)})
     _write(folder / block_name(kind, identity, rows), data)
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes, first: bool = False) -> None:
+    """Whole or not at all; nothing is left where the disk is full. `first`: a file that is there stays."""
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}")
     temporary.unlink(missing_ok=True)  # it might be a link that leads anywhere
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
     try:
-        temporary.rename(path)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        _put(temporary, path, first)
     except FileNotFoundError:  # another process wrote the same just now, and took ours for a leftover
         if not path.exists():
             raise
+    except OSError as problem:
+        reason = problem.strerror or problem
+        remedy = "free some space; the same command resumes and keeps what is there"
+        errors.refuse(f"'{path}' cannot be written ({reason}): {remedy}", errors.FAILED)
+    finally:
+        temporary.unlink(missing_ok=True)
     for left in path.parent.glob(f".{path.name}.*"):  # of a process that was killed here
         left.unlink(missing_ok=True)
 
 
+def _put(temporary: Path, path: Path, first: bool) -> None:
+    if first:
+        try:
+            os.link(temporary, path)  # which never replaces
+            return
+        except FileExistsError:
+            return
+        except OSError:  # some file systems know no links
+            pass
+    temporary.rename(path)
+
+
 def is_whole(path: Path) -> bool:
+    """There, and every value as it was written."""
     try:
-        rows_of(path)
+        verify(path)
     except (OSError, ValueError):
         return False
     return True
@@ -182,19 +208,52 @@ def blocks(folder: Path) -> list[Path]:
 
 
 def rows_of(path: Path) -> list:
-    """What a block holds, from its header; ValueError where it is cut short or something else."""
+    return told_of(path)[0]
+
+
+def verify(path: Path) -> bool:
+    """Compares every value with the block's checksum; False where an older version wrote none. ValueError: damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    from utils import sums
+
+    recorded = told_of(path)[1]
+    try:
+        with safe_open(str(path), framework="pt") as stored:
+            found, impossible = sums.Sum(), False
+            for name in sorted(stored.keys()):
+                value = stored.get_tensor(name)
+                found.add(name, value)
+                rows = value.reshape(len(value), -1)
+                # No posterior is certain, and no embedding is nothing: zeros are what a lost page of a disk leaves.
+                impossible |= not bool(rows.all() if name == "std" else rows.any(1).all())
+    except SafetensorError:
+        impossible = True
+    if impossible or found.differs(recorded):
+        raise ValueError(f"{_damaged(path)}")
+    return recorded is not None
+
+
+def _damaged(path: Path) -> str:
+    return f"'{path}' is damaged: python -m utils.cache with the same options computes it again"
+
+
+def told_of(path: Path) -> tuple[list, str | None]:
+    """(what a block holds, the checksum of its values), from its header; ValueError where it is cut short or something
+    else. Older versions wrote no checksum."""
     try:
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
             header = json.loads(file.read(min(length, 100_000_000)))
-        rows = json.loads(header.pop("__metadata__")["rows"])
+        told = json.loads(header.pop("__metadata__")["rows"])
+        rows, recorded = (told["rows"], str(told["sha256"])) if isinstance(told, dict) else (told, None)
         ends = [entry["data_offsets"][1] for entry in header.values()]
         whole = path.stat().st_size == 8 + length + max(ends)
     except (struct.error, ValueError, TypeError, KeyError, AttributeError):
         whole = False
     if not whole:
-        raise ValueError(f"'{path}' is damaged: remove it and run python -m utils.cache again")
-    return rows
+        raise ValueError(_damaged(path))
+    return rows, recorded
 
 
 def read_manifest(folder: Path) -> dict:
@@ -242,7 +301,10 @@ class Store:
             self.identity = read_manifest(self.folder)
             self.rows: dict[tuple, tuple[str, int]] = {}
             texts: dict[str, tuple[str, int]] = {}
-            for path in blocks(self.folder):
+            found = blocks(self.folder)
+            with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
+                summed = list(pool.map(verify, found))
+            for path in found:
                 rows = rows_of(path)
                 kind = path.name.partition("-")[0]
                 if path.name != block_name(kind, self.identity, rows):
@@ -254,6 +316,11 @@ class Store:
                         self.rows[row[0], row[1], tuple(row[2])] = path.name, number
         except (OSError, ValueError) as problem:
             errors.refuse(f"--precomputed_dir: {problem}")
+        if unsummed := summed.count(False):
+            errors.warn(
+                f"--precomputed_dir: {unsummed} of {len(summed)} blocks in {self.folder} were written without checksums"
+                " by an older version; only impossible values are noticed in them"
+            )
         self.texts = Texts(self, texts)
         # Like lru_cache on a method, but for this folder only.
         self.opened = functools.lru_cache(OPEN)(self._open)

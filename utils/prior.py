@@ -9,14 +9,20 @@ import gc
 import hashlib
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from utils import errors, images, randomness, samplers, validation
+from utils.runtime import startup
 
 SIDECAR = "class_images.json"
 MARK = "drawn"  # text in a file: what its pixels were when it was drawn
+LOCK = ".class_images.lock"
+WAIT = 1.0  # seconds between attempts to take it
 STEPS = 25  # of DPM-Solver++, which needs half of what the default solvers do
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -35,33 +41,21 @@ def fill(
 ) -> list[Path]:
     """=> exactly `count` pictures for training, the owner's before ours; fewer only when a signal stopped us."""
     folder = Path(folder).expanduser()
-    record = _record(folder)
-    mine, ours = _found(run, folder, record)
-    mine = mine[:count]
-    # A name that the owner uses, even for a broken file, is not ours to write to.
-    taken = {path.name for path in folder.glob("class-*")} - record.get("images", {}).keys()
-    names = (name for name in map("class-{:05d}.png".format, range(count + len(taken))) if name not in taken)
-    wanted = {name: folder / name for name, _ in zip(names, range(count - len(mine)))}
     identity = {"prompt": prompt, "model": family.name, "revision": family.revision, "guidance_scale": guidance}
     identity["prediction_type"] = family.prediction_type  # None, as in older records: the model's own
     identity["clip_skip"] = family.clip_skip or None
-    if wanted and ours:
-        _refuse_strangers(folder, record, identity, len(ours))
-    missing = [name for name in wanted if name not in ours]
+    here = _look(folder, identity, count)
     run.accelerator.wait_for_everyone()  # every rank has looked before one of them writes
-    if missing:
-        folder.mkdir(parents=True, exist_ok=True)
-        with run.phase("class images"):
-            seeds = {name: randomness.seed_of(run.seed, "class", _number(name)) for name in missing}
-            if run.is_main:
-                kept = {name: seed for name, seed in record.get("images", {}).items() if name in ours}
-                _write(folder, identity | {"steps": STEPS, "images": dict(sorted((kept | seeds).items()))})
-                run.say(f"drawing {len(missing)} class images into '{folder}' ({len(mine)} found there are yours)")
-            run.accelerator.wait_for_everyone()  # what is ours is written down before the first of it exists
-            share = {name: seeds[name] for name in missing[run.rank :: run.world]}
-            if share:
-                _draw(run, family, folder, prompt, share, batch_size, guidance, precision, resolution, len(missing))
+    if here.missing:
+        with run.phase("class images"), _alone(run, folder) as may_draw:
+            here = _look(folder, identity, count)  # another run may have drawn them in the meantime
+            here.tell(run)
             run.accelerator.wait_for_everyone()
+            if here.missing and may_draw:
+                _fill(run, family, here, identity, prompt, batch_size, guidance, precision, resolution)
+    else:
+        here.tell(run)
+    mine, wanted = here.mine, here.wanted
     chosen = mine + [path for path in wanted.values() if path.is_file()]
     if len(chosen) < count and not run.stopping:
         errors.refuse(
@@ -70,6 +64,66 @@ def fill(
             errors.FAILED,
         )
     return chosen
+
+
+def _fill(run, family, here: "Look", identity, prompt, batch_size, guidance, precision, resolution) -> None:
+    """Draws what is missing, each process its share."""
+    folder, missing = here.folder, here.missing
+    seeds = {name: randomness.seed_of(run.seed, "class", _number(name)) for name in missing}
+    if run.is_main:
+        recorded = here.record.get("images", {})
+        kept = {name: seed for name, seed in recorded.items() if name in here.ours | here.disputed}
+        _write(folder, identity | {"steps": STEPS, "images": dict(sorted((kept | seeds).items()))})
+        run.say(f"drawing {len(missing)} class images into '{folder}' ({len(here.mine)} found there are yours)")
+    run.accelerator.wait_for_everyone()  # what is ours is written down before the first of it exists
+    share = {name: seeds[name] for name in missing[run.rank :: run.world]}
+    if share:
+        folder.mkdir(parents=True, exist_ok=True)  # a network drive may show it late
+        _draw(run, family, folder, prompt, share, batch_size, guidance, precision, resolution, len(missing))
+    run.accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def _alone(run, folder: Path):
+    """Inside, no other run draws into the folder; yields whether this one may: not after a stop while it waited.
+
+    The main process waits and tells the others every time that it has to: nobody stands in a barrier for hours.
+    """
+    lock, said = startup.FolderLock(folder, LOCK), False
+    while True:
+        state = None
+        if run.is_main:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                owner = lock.take()
+            except OSError as problem:
+                owner, state = None, f"--class_data_dir '{folder}' cannot be written: {problem.strerror or problem}"
+            if owner is None and state is None:
+                if lock.is_current():
+                    state = True
+                else:  # the run that held it removed the file
+                    lock.release()
+            elif state is None and run.stopping:
+                state = False
+        if run.world > 1 and torch.distributed.is_initialized():
+            shared = [state]
+            torch.distributed.broadcast_object_list(shared, src=0)
+            state = shared[0]
+        elif not run.is_main:
+            state = True
+        if state is not None:
+            break
+        if run.is_main and owner and not said:
+            run.say(f"waiting for the run that draws class images into '{folder}' ({owner})")
+            said = True
+        time.sleep(WAIT)
+    if isinstance(state, str):
+        errors.refuse(state, errors.FAILED, once=True)
+    try:
+        yield state
+    finally:
+        if run.is_main and state:
+            lock.remove()
 
 
 def fill_all(run, family, concepts, resolution: int | None = None, **how) -> list[list[Path]]:
@@ -113,6 +167,7 @@ def remove_drawn(concepts) -> None:
             )
         else:
             (folder / SIDECAR).unlink()
+            (folder / LOCK).unlink(missing_ok=True)  # of a run that was killed while it drew
             with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
 
@@ -129,6 +184,19 @@ def _is_drawn(path: Path, seed: int) -> bool:
         with Image.open(path, formats=["PNG"]) as picture:
             return MARK in picture.info and picture.info[MARK] == _mark(picture, seed)
     except Exception:  # a broken file, or no picture at all
+        return False
+
+
+def _was_drawn(path: Path) -> bool:
+    """Whether an unreadable file may be replaced: it still says that it was drawn, or it is empty."""
+    from PIL import Image
+
+    try:
+        if not path.stat().st_size:
+            return True
+        with Image.open(path, formats=["PNG"]) as picture:
+            return MARK in picture.info  # it stands before the pixels
+    except Exception:
         return False
 
 
@@ -150,36 +218,84 @@ def _record(folder: Path) -> dict:
         errors.refuse(f"'{path}' cannot be read ({problem}): choose another --class_data_dir", errors.DATA)
 
 
-def _found(run, folder: Path, record: dict) -> tuple[list[Path], set[str]]:
-    """=> (the owner's usable pictures, names of usable ones that we drew)"""
-    mine, ours = [], set()
-    for report in images.inspect(images.list_images(folder)):
-        drawn = report.path.parent == folder and report.path.name in record.get("images", {})
-        if report.problem and run.is_main:
-            errors.warn(f"'{report.path}' {report.problem}; " + ("drawn again" if drawn else "not used"))
-        if not report.problem and drawn:
-            ours.add(report.path.name)
-        elif not report.problem:
-            mine.append(report.path)
-    return mine, ours
+@dataclass
+class Look:
+    """What a folder holds, and what of it a run of `count` class images takes."""
+
+    folder: Path
+    record: dict
+    mine: list[Path] = field(default_factory=list)  # usable pictures that nobody here drew
+    ours: set[str] = field(default_factory=set)  # names of drawn ones, by their pixels
+    disputed: set[str] = field(default_factory=set)  # named like drawn ones, and they are not or are changed
+    wanted: dict[str, Path] = field(default_factory=dict)  # drawn ones, there or not
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def missing(self) -> list[str]:
+        return [name for name in self.wanted if name not in self.ours]
+
+    def tell(self, run) -> None:
+        for warning in self.warnings if run.is_main else ():
+            errors.warn(warning)
+
+
+def _look(folder: Path, identity: dict, count: int) -> Look:
+    here = Look(folder, _record(folder))
+    recorded = here.record.get("images", {})
+    paths = images.list_images(folder)
+    named = [path for path in paths if path.parent == folder and path.name in recorded]
+    with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1, len(named)))) as pool:
+        drawn = dict(zip(named, pool.map(lambda path: _is_drawn(path, recorded[path.name]), named)))
+    here.ours, unclear = {path.name for path in named if drawn[path]}, []
+    for report in images.inspect([path for path in paths if not drawn.get(path)]):
+        again = bool(report.problem) and report.path in drawn and _was_drawn(report.path)
+        if report.problem:
+            here.warnings.append(f"'{report.path}' {report.problem}; " + ("drawn again" if again else "not used"))
+        elif report.path not in drawn:
+            here.mine.append(report.path)
+        if report.path in drawn and not again:
+            here.disputed.add(report.path.name)
+            unclear += [] if report.problem else [report.path]
+    here.mine = (here.mine + unclear)[:count]
+    # A name that the owner uses, even for a broken file, is not ours to write to.
+    taken = ({path.name for path in folder.glob("class-*")} - recorded.keys()) | here.disputed
+    names = (name for name in map("class-{:05d}.png".format, range(count + len(taken))) if name not in taken)
+    here.wanted = {name: folder / name for name, _ in zip(names, range(count - len(here.mine)))}
+    # An old version left no mark: what bears the name of a drawn one is not passed off as another prompt's either.
+    if (here.wanted and here.ours) or set(unclear) & set(here.mine):
+        _refuse_strangers(folder, here.record, identity, len(here.ours) + len(unclear))
+    return here
 
 
 def _refuse_strangers(folder: Path, record: dict, identity: dict, count: int) -> None:
     """Images of another prompt would teach something else under this one's name."""
-    for field, new in identity.items():
-        old = record.get(field)
+    for name, new in identity.items():
+        old = record.get(name)
         if old != new:
             errors.refuse(
-                f"--class_data_dir '{folder}' holds {count} images drawn for {field} {old!r}, and this run has "
+                f"--class_data_dir '{folder}' holds {count} images drawn for {name} {old!r}, and this run has "
                 f"{new!r}: choose another --class_data_dir, or delete class-*.png and {SIDECAR} there"
             )
 
 
 def _write(folder: Path, record: dict) -> None:
-    temporary = folder / f".{SIDECAR}.tmp"
-    temporary.unlink(missing_ok=True)  # it might be a link that leads anywhere
-    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, folder / SIDECAR)
+    text = json.dumps(record, indent=1, ensure_ascii=False).encode()
+    _replace(folder, SIDECAR, lambda temporary: temporary.write_bytes(text))
+
+
+def _replace(folder: Path, name: str, write) -> None:
+    """Whole or as before; nothing is left of a file that could not be written."""
+    temporary = folder / f".{name}.tmp"  # hidden; what a kill leaves is overwritten by the next run
+    try:
+        temporary.unlink(missing_ok=True)  # it might be a link that leads anywhere
+        write(temporary)
+        os.replace(temporary, folder / name)
+    except OSError as problem:
+        reason = problem.strerror or problem
+        more = "free some space or name another folder; the same command resumes the drawing"
+        errors.refuse(f"--class_data_dir: '{folder / name}' cannot be written ({reason}): {more}", errors.FAILED)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _draw(
@@ -214,10 +330,7 @@ def _draw(
             for name, seed, picture in zip(names, seeds, drawn, strict=True):
                 mark = PngInfo()
                 mark.add_text(MARK, _mark(picture, seed))
-                temporary = folder / f".{name}.tmp"  # hidden; what a kill leaves is overwritten by the next run
-                temporary.unlink(missing_ok=True)  # it might be a link that leads anywhere
-                picture.save(temporary, "PNG", pnginfo=mark)
-                os.replace(temporary, folder / name)
+                _replace(folder, name, lambda path, one=picture, mark=mark: one.save(path, "PNG", pnginfo=mark))
             run.say(f"class images: {min(run.world * (start + batch_size), total)}/{total}")
     del pipeline
     gc.collect()

@@ -319,7 +319,7 @@ def _groups(opened, damage: list[str]) -> Iterator[dict[str, tuple[int, int]]]:
 
 
 def _end_of_tar(opened, offset: int) -> str | None:
-    """Why a tar file has not ended where tarfile stopped reading. At a bad header it stops as at the end of the file."""
+    """Why a tar file has not ended where tarfile stopped reading, as it also does at a bad header."""
     opened.seek(offset)
     block = opened.read(512)
     if len(block) < 512:

@@ -12,7 +12,7 @@ import os
 import time
 from pathlib import Path
 
-from utils import arguments, captions, errors, images, precomputed, preflight
+from utils import arguments, captions, errors, images, interrupts, precomputed, preflight
 from utils.preflight import model_folder, photos
 
 
@@ -24,6 +24,7 @@ def parse_args(argv=None):
     return arguments.parse(parser, argv)
 
 
+@interrupts.answered("stopped; the same command resumes and keeps the blocks that are written")
 def main(args) -> None:
     check(args)
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from utils import buckets, images, lost, randomness
+from utils import buckets, errors, images, lost, masks, randomness
 from utils.datasets.sources import Example, captioned, class_pictures, content_key, folder, hub, photos, pictures
 
 __all__ = ["Example", "captioned", "class_pictures", "content_key", "folder", "hub", "photos", "pictures"]  # and below
 
+MOST_CROPS = 100  # random crops of a photo until one shows something of its mask
 REMEMBERED = 2**29  # bytes of resized pictures kept between visits, so that a photo is decoded once and not each epoch
 
 
@@ -83,6 +84,32 @@ class DreamBooth(Dataset):
         ]
         for place in self.visits:
             self._in_shape.setdefault(fitting[place], []).append(place)
+        if complaints := self._black_crops():
+            errors.refuse(complaints, errors.DATA, once=True)
+
+    def _black_crops(self) -> list[str]:
+        """Masks of which no crop of the photo shows anything: its loss would be 0, and nothing of it be learned."""
+        found = []
+        for example, shape in self.pairs() if self.masked else ():
+            if example.mask is None:
+                continue
+            try:
+                mask = self._resized_mask(example, shape)
+            except images.BadImage:  # lost since the preflight: training tells
+                continue
+            place, where = images.crop_place(*mask.size, shape, center=True), None
+            if mask.getextrema()[1] < masks.BLACK:
+                where = "is too small to be seen at"
+            elif self._crop_stays(mask.size, shape) and not masks.shows(mask, place, shape):
+                where = "lies outside of the crop of"
+            if where:
+                where = f"the mask '{images.name_of(example.mask.source)}' {where} {buckets.label(shape)}"
+                remedy = "crop the photo around its subject, or use --resolution_buckets or random crops"
+                found.append(f"{where}: nothing of its photo would be learned; {remedy}")
+        return found
+
+    def _crop_stays(self, resized: tuple[int, int], shape: tuple[int, int]) -> bool:
+        return self.center_crop or resized == shape
 
     @property
     def examples(self) -> list[Example]:
@@ -159,8 +186,8 @@ class DreamBooth(Dataset):
             visits.setdefault(self._visit(position)[0], position)
         for place, example in enumerate(self.instance[:most]):
             shape = self._visit(visits[place])[1]
-            caption, flip, corner = self._view(example, 2 * visits[place], shape)
             try:
+                caption, flip, corner = self._view(example, 2 * visits[place], shape)
                 mask = mirrored(self._resized_mask(example, shape), flip) if example.mask else None
                 picture = mirrored(self._picture(example, shape, remember=True), flip)
             except images.BadImage:  # lost since the preflight: training will tell
@@ -196,7 +223,21 @@ class DreamBooth(Dataset):
         resized = images.resized_size(*self._size_of(example), shape)
         # With cached latents too: the place is then the only one possible.
         rng = randomness.rng(self.seed, "crop", number)
-        return caption, flip, images.crop_place(*resized, shape, self.center_crop, rng)
+        place = images.crop_place(*resized, shape, self.center_crop, rng)
+        if example.mask is not None and not self._crop_stays(resized, shape):
+            place = self._crop_with_white(example, flip, shape, place, rng)
+        return caption, flip, place
+
+    def _crop_with_white(self, example: Example, flip: bool, shape: tuple[int, int], place, rng) -> tuple[int, int]:
+        """A random crop that shows nothing of the mask is drawn again: its loss would be 0 and the step wasted."""
+        mask = mirrored(self._resized_mask(example, shape), flip)
+        for _ in range(MOST_CROPS):
+            if masks.shows(mask, place, shape):
+                return place
+            place = images.crop_place(*mask.size, shape, False, rng)
+        left, top, right, bottom = mask.point(lambda value: 255 * (value >= masks.BLACK)).getbbox()
+        middle = (top + bottom - shape[1]) // 2, (left + right - shape[0]) // 2
+        return tuple(min(max(0, at), side - size) for at, side, size in zip(middle, mask.size[::-1], shape[::-1]))
 
     def _record(self, example: Example, number: int, shape: tuple[int, int]) -> dict:
         """The record of an example or, if its picture cannot be read any more, of the next one of its kind.

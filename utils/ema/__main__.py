@@ -7,9 +7,13 @@ Leaves what the run itself leaves: a pipeline folder, or pytorch_lora_weights.sa
 """
 
 import argparse
+import os
+import shutil
 from pathlib import Path
 
-from utils import arguments, errors, saved
+from safetensors import SafetensorError
+
+from utils import arguments, errors, interrupts, saved
 from utils.ema import posthoc
 
 
@@ -26,6 +30,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+@interrupts.answered("stopped; nothing was written")
 def main(args) -> None:
     settings = saved.read_yaml(args.run / "training_config.yaml")
     if problems := check(args, settings):
@@ -39,10 +44,22 @@ def main(args) -> None:
     snapshots = [one for one in snapshots if one.step <= step]
     shares, error = posthoc.choose(snapshots, args.sigma_rel)
     write = lora if "rank" in settings else pipeline
-    write(args, settings, snapshots, shares)
     told = f"# Averaged afterwards: sigma_rel {args.sigma_rel:g} after step {step}.\n"
     record = (args.run / "training_config.yaml").read_text(encoding="utf-8")  # names the base model for infer.py
-    (args.output_dir / "training_config.yaml").write_text(told + record, encoding="utf-8")
+    # Whole or absent: a folder that a kill or a full disk left would be refused by the same command.
+    folder = args.output_dir
+    staged = folder.absolute().with_name(f".tmp-{folder.absolute().name}-ema")
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        staged.mkdir(parents=True)
+        write(args, staged, settings, snapshots, shares)
+        (staged / "training_config.yaml").write_text(told + record, encoding="utf-8")
+        os.replace(staged, folder)
+    except (OSError, SafetensorError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        errors.refuse(f"--output_dir {folder} cannot be written ({reason}); nothing is left of it", errors.FAILED)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
     said = f"sigma_rel {args.sigma_rel:g} after step {step}, of {len(snapshots)} snapshots"
     met = f"within {100 * error:.2g} %" if error else "exactly"
     print(f"{args.output_dir}: {said}; its weights over the run are met {met}")
@@ -63,7 +80,7 @@ def check(args, settings: dict) -> list[str]:
     return problems
 
 
-def pipeline(args, settings: dict, snapshots: list, shares) -> None:
+def pipeline(args, folder: Path, settings: dict, snapshots: list, shares) -> None:
     """The networks that learned, averaged, among the rest of the base model."""
     import torch
 
@@ -81,10 +98,10 @@ def pipeline(args, settings: dict, snapshots: list, shares) -> None:
     with torch.no_grad():
         for name, value in posthoc.blend(snapshots, shares):
             weights[name].copy_(value)
-    family.save_pipeline(args.output_dir, skip_text_encoder=bool(settings.get("skip_save_text_encoder")))
+    family.save_pipeline(folder, skip_text_encoder=bool(settings.get("skip_save_text_encoder")))
 
 
-def lora(args, settings: dict, snapshots: list, shares) -> None:
+def lora(args, folder: Path, settings: dict, snapshots: list, shares) -> None:
     """Files as the run saved them, result or checkpoint, with these averages in the place of their weights."""
     from utils.adapters import write_kohya
     from utils.adapters.files import own_key
@@ -98,15 +115,14 @@ def lora(args, settings: dict, snapshots: list, shares) -> None:
     if strange := snapshots[0].shapes.keys() - {own_key(name) for file in files for name in saved.header(file)}:
         errors.refuse(f"{like} and {snapshots[0].file.parent} are of different adapters: {sorted(strange)[0]}")
     averages = dict(posthoc.blend(snapshots, shares))
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     for file in files:
-        saved.with_averages(file, averages, args.output_dir / file.name)
-    if (args.output_dir / saved.EMBEDDINGS_FILE).is_file():
+        saved.with_averages(file, averages, folder / file.name)
+    if (folder / saved.EMBEDDINGS_FILE).is_file():
         from utils import tokens
 
-        tokens.split(args.output_dir / saved.EMBEDDINGS_FILE, args.output_dir)
+        tokens.split(folder / saved.EMBEDDINGS_FILE, folder)
     if settings.get("output_kohya_format"):
-        write_kohya(args.output_dir, settings.get("kohya_dtype") or "fp32")
+        write_kohya(folder, settings.get("kohya_dtype") or "fp32")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from utils import errors, saved
+from utils import errors, saved, sums
 from utils.checkpoints import manifests
 
 FOLDER, LEFT = "ema_snapshots", "left"  # in the output folder; in it, those of a course that was left
@@ -171,8 +171,10 @@ class PowerAverages:
         file = self.folder / f"step-{step:06d}-{sigma_rel:g}.safetensors"
         staged = self.folder / f"{STAGED}{file.name}"
         told = {"format": "pt", "step": str(step), "updates": str(updates), "sigma_rel": repr(sigma_rel)}
+        tensors = {name: value.cpu().contiguous() for name, value in state.items()}
+        told["sha256"] = sums.Sum(sorted(tensors.items())).hex()
         try:
-            save_file({name: value.cpu().contiguous() for name, value in state.items()}, str(staged), metadata=told)
+            save_file(tensors, str(staged), metadata=told)
             saved.shared(staged)
             manifests.sync(staged)
             os.replace(staged, file)
@@ -210,6 +212,7 @@ class Snapshot:
     updates: int
     sigma_rel: float
     shapes: dict[str, tuple]
+    sha256: str | None = None  # of its values; None: an older version wrote it
 
     @property
     def profile(self) -> Profile:
@@ -224,7 +227,8 @@ def listed(folder: Path) -> list[Snapshot]:
             with safe_open(str(file), framework="pt") as stored:
                 told = stored.metadata() or {}
                 shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
-            one = Snapshot(file, int(told["step"]), int(told["updates"]), float(told["sigma_rel"]), shapes)
+            numbers = int(told["step"]), int(told["updates"]), float(told["sigma_rel"])
+            one = Snapshot(file, *numbers, shapes, told.get("sha256"))
         except (SafetensorError, OSError, KeyError, ValueError) as problem:
             errors.refuse(f"{file} is no snapshot of an average, or damaged ({problem}); move it away")
         if found and one.shapes != found[0].shapes:
@@ -249,8 +253,23 @@ def choose(snapshots: Sequence[Snapshot], sigma_rel: float) -> tuple[np.ndarray,
 
 @torch.no_grad()
 def blend(snapshots: Sequence[Snapshot], shares: Iterable[float]):
-    """(name, the weighted sum of all snapshots) for each weight, one in memory at a time; summed in fp64."""
+    """(name, the weighted sum of all snapshots) for each weight, one in memory at a time; summed in fp64.
+
+    Nothing that came out of it may be saved before it has ended: at the end damaged snapshots are refused.
+    """
     parts = [(one, share) for one, share in zip(snapshots, shares) if share]
-    opened = [(safe_open(str(one.file), framework="pt"), share) for one, share in parts]
-    for name in snapshots[0].shapes:
-        yield name, sum(share * file.get_tensor(name).double() for file, share in opened).float()
+    opened = [(safe_open(str(one.file), framework="pt"), share, sums.Sum()) for one, share in parts]
+    for name in sorted(snapshots[0].shapes):
+        total = 0
+        for file, share, found in opened:
+            value = file.get_tensor(name)
+            found.add(name, value)
+            total = total + share * value.double()
+        yield name, total.float()
+    damaged = [one.file for (one, _), (_, _, found) in zip(parts, opened) if found.differs(one.sha256)]
+    if damaged:
+        remedy = "move them away, and the average is made of the others; only the run can write them again"
+        errors.refuse([f"'{file}' is damaged: its values have changed since they were written" for file in damaged]
+                      + [remedy], errors.DATA)  # fmt: skip
+    if older := sum(one.sha256 is None for one, _ in parts):
+        errors.warn(f"{older} snapshots have no checksum (older version): only impossible values are noticed in them")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from utils import errors, noise, precomputed, randomness, targets, validation
+from utils import errors, images, masks, noise, precomputed, randomness, targets, validation
 from utils.pdm.features import Tap, difference, invert, keep_activations, timesteps_of
-from utils.pdm.files import Writer, name_of, read_identity
+from utils.pdm.files import Writer, is_damaged, name_of, read_identity
 
 FORMAT = 1
 FOLDER, MASKS = "pdm_features", "pdm_masks"  # in the output folder
@@ -90,6 +90,15 @@ def prepare(
     bank.look(shown, dataset, family, run.device)
     if mask_pdm:
         bank.masks = {key: dataset.centred(example)["mask"] for key, example in shown.items()}
+        black = [example for key, example in shown.items() if bank.masks[key].max() < masks.BLACK]
+        if black:
+            names = (images.name_of(example.mask.source) for example in black)
+            remedy = "crop the photo around its subject, or leave --mask_pdm out"
+            errors.refuse(
+                [f"--mask_pdm: the mask '{name}' lies outside of the centre crop; {remedy}" for name in names],
+                errors.DATA,
+                once=True,
+            )
         bank.told += [example.mask.key if example.mask else None for example in photos]
     if save_pdm_masks and mask_pdm and run.is_main:
         bank.save_masks(Path(run.output_dir) / MASKS, shown)
@@ -143,7 +152,8 @@ class Bank:
 
         folder.mkdir(parents=True, exist_ok=True)
         for key, mask in self.masks.items():
-            Image.fromarray(mask[0].numpy()).save(folder / f"{Path(str(shown[key].source)).stem}-{key}.png")
+            stem = Path(str(shown[key].source)).stem.encode()[:200].decode(errors="ignore")  # names have 255 bytes
+            Image.fromarray(mask[0].numpy()).save(folder / f"{stem}-{key}.png")
 
     # Filling
 
@@ -161,6 +171,17 @@ class Bank:
                         " a folder of its own"
                     )
         missing = [key for key in self.prompts if self.path(key) not in there]
+        damaged = [key for key in self.prompts if self.path(key) in there and is_damaged(self.path(key))]
+        if damaged and refuse_stale:
+            names = ", ".join(f"'{self.path(key)}'" for key in damaged[:3])
+            errors.refuse(
+                f"--features_data_dir: {len(damaged)} targets are damaged ({names}): add --save_pdm_fs to compute them"
+                " again",
+                errors.DATA,
+            )
+        for key in damaged:
+            errors.warn(f"'{self.path(key)}' is damaged: computed again")
+        missing += damaged
         if missing and there and refuse_stale:
             wanted = self.identity_of(missing[0])
             near = min(there.values(), key=lambda other: sum(other.get(name) != wanted[name] for name in wanted))
@@ -214,6 +235,13 @@ class Bank:
                             self._keep(number, self.tap.taken, keys, files)
                 for file in files:
                     file.finish()
+            except OSError as problem:
+                reason = problem.strerror or problem
+                errors.refuse(
+                    f"'{self.folder}': PDM targets cannot be written ({reason}); free some space, lower"
+                    " --pdm_inversion_steps, or name another --features_data_dir",
+                    errors.FAILED,
+                )
             finally:
                 for file in files:
                     file.drop()
@@ -222,7 +250,8 @@ class Bank:
         if not files:
             shape = (len(self.timesteps), *queries.shape[1:])
             self._check_room(len(keys), shape)
-            files.extend(Writer(self.path(key), self.identity_of(key), shape) for key in keys)
+            for key in keys:  # one by one: those that are there are removed if there is no room for the next
+                files.append(Writer(self.path(key), self.identity_of(key), shape))
         if not torch.isfinite(queries).all() or queries.abs().max() > torch.finfo(torch.float16).max:
             errors.refuse("the PDM targets are no numbers that fit into fp16", errors.FAILED)
         for file, row in zip(files, queries.to("cpu", torch.float16)):

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from utils import buckets, captions, concepts, precomputed, saved
+from utils import buckets, captions, concepts, interrupts, precomputed, saved
 from utils.arguments import length
 from utils.arguments.identity import changed, mistaken
 from utils.errors import DATA, OPTIONS, refuse, warn
@@ -52,6 +52,7 @@ class Problems:
             refuse([*self.options, *self.data], OPTIONS if self.options else DATA, once=True)
 
 
+@interrupts.answered("stopped during the checks, before training began")
 def check(args: argparse.Namespace) -> list[Path]:
     """Refuse what cannot work, create the output folder, say what was found; returns photos to leave out."""
     problems = Problems()

@@ -163,8 +163,8 @@ def leave(code: int) -> None:
 class FolderLock:
     """At most one run in a folder. The kernel drops the lock with the process: a killed run leaves nothing behind."""
 
-    def __init__(self, folder: Path):
-        self.path, self.handle = Path(folder) / LOCK, None
+    def __init__(self, folder: Path, name: str = LOCK):
+        self.path, self.handle = Path(folder) / name, None
 
     def take(self) -> str | None:
         """None, or who holds the folder."""
@@ -224,6 +224,22 @@ class FolderLock:
             # Said aloud: a worker that was forked just now may still hold a copy of the handle.
             fcntl.flock(self.handle, fcntl.LOCK_UN)
             self._forget()
+
+    def is_current(self) -> bool:
+        """Whether others that look for the file find the one that is locked: `remove` may have come before."""
+        if self.handle is None:
+            return True
+        try:
+            return os.path.samestat(os.fstat(self.handle), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def remove(self) -> None:
+        """Leaves no file behind; whoever takes such a lock asks `is_current` afterwards."""
+        if self.handle is not None:
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
+        self.release()
 
     def _forget(self) -> None:
         if self.handle is not None:
