@@ -1,6 +1,6 @@
 """DreamBooth: teach Stable Diffusion 1.x / 2.x / XL one subject by training the whole UNet (and text encoder).
 
-    accelerate launch train_dreambooth.py --pretrained_model_name_or_path MODEL \\
+    python train_dreambooth.py --pretrained_model_name_or_path MODEL \\
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir runs/dog
 
 Add --with_prior_preservation --class_data_dir dogs --class_prompt "a photo of dog" to keep what the model

@@ -1,6 +1,6 @@
 """DreamBooth with LoRA or DoRA for SDXL: teach Stable Diffusion XL one subject by training small adapters.
 
-    accelerate launch train_dreambooth_lora_sdxl.py --pretrained_model_name_or_path MODEL \\
+    python train_dreambooth_lora_sdxl.py --pretrained_model_name_or_path MODEL \\
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --output_dir runs/dog
 
 Add --train_text_encoder to train both text encoders too, and --with_prior_preservation --class_data_dir dogs

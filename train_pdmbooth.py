@@ -1,6 +1,6 @@
 """PDMBooth: DreamBooth with a loss that keeps what one layer asks about the photos; Stable Diffusion 1.x / 2.x / XL.
 
-    accelerate launch train_pdmbooth.py --pretrained_model_name_or_path MODEL \\
+    python train_pdmbooth.py --pretrained_model_name_or_path MODEL \\
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --class_prompt "a photo of dog" \\
         --use_inst_loss --use_pdm_loss --output_dir runs/dog
 

@@ -1,6 +1,6 @@
 """Text-to-image: fine-tune the UNet of Stable Diffusion 1.x / 2.x / XL on captioned pictures.
 
-    accelerate launch train_text_to_image.py --pretrained_model_name_or_path MODEL --train_data_dir pictures \\
+    python train_text_to_image.py --pretrained_model_name_or_path MODEL --train_data_dir pictures \\
         --use_ema --resolution 512 --center_crop --random_flip --max_train_steps 15000 --output_dir runs/style
 
 The folder holds pictures and their captions (metadata.jsonl, metadata.csv, or name.txt beside name.jpg); or name a

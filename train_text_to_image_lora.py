@@ -1,6 +1,6 @@
 """Text-to-image with LoRA or DoRA: fine-tune small adapters of Stable Diffusion 1.x / 2.x / XL on captioned pictures.
 
-    accelerate launch train_text_to_image_lora.py --pretrained_model_name_or_path MODEL --train_data_dir pictures \\
+    python train_text_to_image_lora.py --pretrained_model_name_or_path MODEL --train_data_dir pictures \\
         --resolution 512 --random_flip --num_train_epochs 100 --output_dir runs/style
 
 The folder holds pictures and their captions (metadata.jsonl, metadata.csv, or name.txt beside name.jpg); or name a

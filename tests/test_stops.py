@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from utils import hub, losses, prior, runtime, validation
+from utils import errors, hub, losses, prior, runtime, validation
 from utils.adapters import Adapters
 from utils.checkpoints import manifests
 from utils.models.latent_diffusion import LatentDiffusion
@@ -223,6 +223,27 @@ def test_a_launcher_passes_the_wish_on(tmp_path, launcher, name):
     assert f"{name}: stopping after this step" in process.said and "again" not in process.said
     step = int(re.search(r"stopped after step (\d+) of", process.said)[1])
     assert manifests.fault(tmp_path / f"checkpoint-{step}", "full") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quiet", [False, True])
+@pytest.mark.parametrize("code", [errors.OPTIONS, errors.STOPPED_UNFINISHED])
+def test_our_last_line_says_whose_traceback_follows(tmp_path, code, quiet):
+    """A refusal and a time limit under `accelerate launch`, which answers both with a traceback of its own."""
+    words = [BIN / "accelerate", "launch", "--cpu", "--num_processes", "1", *["--quiet"] * quiet]
+    script = (
+        [ROOT / f"{SCRIPT}.py", "--resolution", "3"] if code == errors.OPTIONS else toy(tmp_path, "max_minutes=0.001")
+    )
+    with Process(*words, *script) as process:
+        assert process.rest() == 1
+    ours, _, theirs = process.said.partition("Traceback")
+    if quiet:
+        assert "exit code" not in ours and not theirs
+        return
+    last = ours.strip().splitlines()[-1]
+    assert last.startswith(f"exit code {code}, for the reason above. A traceback below is that of accelerate launch")
+    assert last.endswith(f"`python {script[0]} ...` ends without it.") and "CalledProcessError" in theirs
+    assert ("--resolution is 3" if code == errors.OPTIONS else "stopped after step") in ours
 
 
 @pytest.mark.slow

@@ -112,6 +112,14 @@ def test_every_requirement_has_its_reason():
             assert re.search(rf"(\*\*|\| ){re.escape(name)}\b", reasons.replace("_", "-")), name
 
 
+def test_documents_recommend_the_command_that_prints_no_traceback_of_a_launcher():
+    """Where one process is enough; the first command of every page and script."""
+    for file in [ROOT / "README.md", *ROOT.glob("docs/train_*.md"), *ROOT.glob("train_*.py")]:
+        text = file.read_text(encoding="utf-8")
+        first = re.search(r"^ *(python|accelerate launch)\b.*train_\w+\.py", text, re.MULTILINE)
+        assert first and first[1] == "python", f"{file}: {first and first[0]}"
+
+
 def test_launch_configurations_are_read_by_accelerate():
     from accelerate.commands.config.config_args import load_config_from_file
 

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from utils import launchers
+
 FAILED = 1  # something broke that no check foresaw
 OPTIONS = 2  # an option, a folder or a package: correct the command
 DATA = 3  # photos or captions that cannot be used
@@ -27,6 +29,7 @@ def refuse(message: str | Sequence[str], code: int = OPTIONS, once: bool = False
     for line in [*lines[:MOST], *more]:
         if not once or _first_here():
             print(f"error: {line}", file=sys.stderr, flush=True)
+    launchers.last_words(code)
     raise SystemExit(code)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from utils import errors, randomness, results, weightwise
+from utils import errors, launchers, randomness, results, weightwise
 from utils.arguments import length
 from utils.report import curves
 from utils.runtime import engines, failures, guard, memory, progress, signals, stand_ins, startup, trackers
@@ -151,6 +151,7 @@ class Run:
                 "--resume_from_checkpoint latest to go on"
             )
         self.close()
+        launchers.last_words(code)
         if self.world > 1:
             startup.leave(code)
         if code:

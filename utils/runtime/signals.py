@@ -12,19 +12,11 @@ import threading
 import time
 
 from utils import errors
+from utils.launchers import TRACES, launcher_words
 
 # Ctrl-C under a launcher arrives twice, from the terminal and from the launcher: so close together it is one wish.
 SAME_WISH_SECONDS = 0.5
 SAME_WISH_SECONDS_LAUNCHED = 5.0  # torchrun on a busy machine takes its time to pass a signal on
-LAUNCHERS = {  # what stands in a process list, and the words that start the same
-    "accelerate": ["accelerate"],
-    "accelerate.commands.accelerate_cli": ["accelerate"],
-    "accelerate-launch": ["accelerate", "launch"],
-    "accelerate.commands.launch": ["accelerate", "launch"],
-    "torchrun": ["torchrun"],
-    "torch.distributed.run": ["torchrun"],
-}
-TRACES = {"accelerate": "ACCELERATE_MIXED_PRECISION", "torchrun": "TORCHELASTIC_RUN_ID"}  # left in the environment
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 CODES = {"SIGINT": errors.INTERRUPTED, "SIGTERM": errors.TERMINATED, "SIGHUP": errors.TERMINATED}
 
@@ -94,26 +86,6 @@ def _say(text: str) -> None:
 
 def _interactive() -> bool:
     return hasattr(sys, "ps1") or "ipykernel" in sys.modules
-
-
-def launcher_words(name: str = "accelerate") -> list[str]:
-    """The command line of the `accelerate launch` (or `torchrun`) that started this process, from the launcher's name
-    on; empty when something else did.
-
-    Settings in the environment alone prove nothing, people export them in their shell.
-    """
-    if TRACES[name] not in os.environ:
-        return []
-    try:
-        with open(f"/proc/{os.getppid()}/cmdline", encoding="utf-8", errors="replace") as file:
-            words = file.read().split("\0")[:-1]
-    except OSError:
-        return []
-    for place, word in enumerate(words[:3]):  # python, -m, the launcher
-        meant = LAUNCHERS.get(os.path.basename(word), [""])
-        if meant[0] == name:
-            return [*meant, *words[place + 1 :]]
-    return []
 
 
 def follow_launcher() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from utils import errors, saved, strict
+from utils import errors, launchers, saved, strict
 from utils.checkpoints import manifests
 from utils.report import gallery
 from utils.runtime import engines, signals
@@ -52,6 +52,7 @@ def _tell_without_secrets(kind, problem, trace) -> None:
     sys.stderr.write(without_secrets("".join(traceback.format_exception(kind, problem, trace))))
     for note in getattr(problem, "last_words", ()):
         errors.warn(note, everywhere=True)
+    launchers.last_words(errors.FAILED)
 
 
 def accelerator(mixed_precision, accumulate, report_to, output_dir, logging_dir, compile):
