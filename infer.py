@@ -50,6 +50,9 @@ def parse_args(argv=None):
     add("variant", text, None, "file variant of the weights, e.g. fp16")
     add("clip_skip", whole(0), None, "last layers of the text encoders that are left out", unset="as in training")
     add("allow_pickle", flag, False, arguments.ALLOW_PICKLE)
+    help = "what the model predicts"
+    unset = "as in training, else as the model's scheduler says"
+    add("prediction_type", choice(*saved.PREDICTION_TYPES), None, help, unset=unset)
     help = "VAE folder or hub name"
     add("pretrained_vae_model_name_or_path", folder, None, help, unset="what the run used, else the model's own")
     add("refiner", folder, None, "SDXL refiner (folder or hub name) that draws the last part of each image")
@@ -179,14 +182,15 @@ def check(args):
     """Refuse what cannot work, all of it at once, before anything heavy is imported."""
     wrong = []
     prompts = all_prompts(args, wrong)
-    loras = [lora for given in args.lora if (lora := saved.lora(given, wrong))]
+    loras = [lora for given in args.lora if (lora := saved.lora(given, wrong, allow_pickle=args.allow_pickle))]
     for part in targets.BLOCKS:
         given = getattr(args, f"{part}_lora")
-        if given and (lora := saved.lora(given, wrong, option=f"--{part}_lora", part=part)):
+        if given and (lora := saved.lora(given, wrong, f"--{part}_lora", part, args.allow_pickle)):
             loras.append(lora)
     modules = saved.checkpoint(args.checkpoint, wrong) if args.checkpoint else {}
     if isinstance(modules, saved.Lora):
         loras, modules = [*loras, modules], {}
+    wrong += saved.twice(loras)
     learned = saved.embeddings(loras, args.embeddings, wrong)
     if not samplers.find(args.scheduler):
         names = ["model", *samplers.SAMPLERS]
@@ -208,6 +212,11 @@ def check(args):
         base.clip_skip = base.clip_skip if args.clip_skip is None else args.clip_skip
         base.vae = args.pretrained_vae_model_name_or_path or base.vae
         parts = models.read_index(base.name, base.revision)  # refuses a name that leads nowhere
+        say_prediction_type(base, args.prediction_type, loras)
+        base.prediction_type = args.prediction_type or base.prediction_type
+        if any(name not in modules for name in saved.without(parts)):
+            base.encoders = saved.lent_encoders(base, parts, wrong)
+        wrong += [f"--pretrained_model_name_or_path {problem}" for problem in saved.parts_cut_short(base.name)]
         noise = models.read_scheduler(base.name, base.revision)
         if base.rescale_betas_zero_snr:
             noise |= {"rescale_betas_zero_snr": True}
@@ -222,6 +231,17 @@ def check(args):
     if wrong:
         refuse(wrong)
     return prompts, base, loras, modules, learned
+
+
+def say_prediction_type(base, given: str | None, loras: list) -> None:
+    """One line where the model's scheduler, the run and the option do not agree."""
+    own = models.read_scheduler(base.name, base.revision).get("prediction_type", "epsilon")
+    told = {saved.said_to_predict(lora.file) for lora in loras}
+    trained = base.prediction_type or ("epsilon" if told == {"epsilon"} else None)
+    used = given or base.prediction_type or own
+    if trained and {own, trained, used} != {used}:
+        said = f"the base's scheduler says {own}, the training said {trained}"
+        print(f"prediction type: {used} is used ({said}); change it with --prediction_type", flush=True)
 
 
 def all_prompts(args, wrong: list) -> list:
@@ -262,7 +282,7 @@ def without(prompt: str, word: str) -> str:
 
 
 def print_plan(base, loras: list, modules: dict, learned: list, jobs: list, files: list) -> list:
-    print(f"base model: {base.name}")
+    print(f"base model: {base.name}" + (f", text encoders of {base.encoders.name}" if base.encoders else ""))
     for lora in loras:
         print(f"LoRA: {lora.file} at {lora.scale:g}" + (f", only its {lora.part}" if lora.part else ""))
     for one in learned:

@@ -2,7 +2,8 @@
 
 with fake_hub.Hub(fail={"/commit/": 2}) as hub: ... hub.files, hub.received
 
-It also hands out one data set, `someone/pictures`, as a whole or in parts: hub.table = {path: bytes}; hub.ranges.
+It also hands out one data set, `someone/pictures`, as a whole or in parts: hub.table = {path: bytes}; hub.ranges. And
+the files of models: hub.models = {"someone/name": {path: bytes}}.
 """
 
 import base64
@@ -29,6 +30,7 @@ class Hub:
         self.files = {}  # path in the repository -> bytes, as committed
         self.objects = {}  # sha256 -> bytes, uploaded but not committed
         self.table = {}  # path -> bytes of the data set
+        self.models = {}  # name -> {path: bytes}
         self.ranges = []  # (path, first byte, last byte) of each answer that was a part of a file
 
     def __enter__(self):
@@ -127,6 +129,14 @@ class _Handler(BaseHTTPRequestHandler):
             name = "/".join(self.path.split("/")[3:5])
             oid = "0" * 40
             return self.answer(200, {"success": True, "commitOid": oid, "commitUrl": f"{hub.url}/{name}/commit/{oid}"})
+        if match := re.match(r"/(?:api/models/)?([^/]+/[^/]+)(?:/resolve/[^/]+/(.+)|$|/revision/)", self.path):
+            name, path = match[1], match[2] and unquote(urlsplit(match[2]).path)
+            if name in hub.models:
+                table = hub.models[name]
+                siblings = [{"rfilename": one} for one in table]
+                if path is None:
+                    return self.answer(200, {"id": name, "sha": COMMIT, "private": False, "siblings": siblings})
+                return self.file(path, table[path]) if path in table else self.missing()
         return self.answer(404, {"error": f"no such address: {self.path}"})
 
     def data_set(self, path, body):

@@ -106,7 +106,8 @@ def test_scales(lora, sd1, base_images, tmp_path):
     off = draw(tmp_path / "off", "--lora", f"{lora}:0", *prompt)
     assert np.abs(pixels(off[0]) - pixels(base_images[0])).max() <= 1
     whole = draw(tmp_path / "whole", "--lora", lora, *prompt)
-    halves = draw(tmp_path / "halves", "--lora", f"{lora}:0.5", "--lora", f"{lora / saved.LORA_FILE}:.5", *prompt)
+    copy = shutil.copytree(lora, tmp_path / "copy")  # another file: one given twice is refused
+    halves = draw(tmp_path / "halves", "--lora", f"{lora}:0.5", "--lora", f"{copy / saved.LORA_FILE}:.5", *prompt)
     assert np.abs(pixels(whole[0]) - pixels(halves[0])).mean() < 1  # rounding grows on the way through random networks
     assert json.loads(Image.open(halves[0]).text["settings"])["lora"] == ["dog:0.5", f"{saved.LORA_FILE}:0.5"]
 

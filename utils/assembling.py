@@ -28,9 +28,26 @@ def pipeline(
     own = {"prediction_type": base.prediction_type, "rescale_betas_zero_snr": base.rescale_betas_zero_snr}
     own |= {"allow_pickle": allow_pickle}
     family = models.family_of(base.name, base.revision, base.variant, **own)
-    family.load(device, dtype, vae=base.vae, parts=[name for name in family.names if name not in modules])
+    lent = saved.without(models.read_index(base.name, base.revision)) if base.encoders else []
+    lent = [name for name in lent if name not in modules]
+    family.load(device, dtype, vae=base.vae, parts=[name for name in family.names if name not in (*modules, *lent)])
+    if lent:
+        lender = models.family_of(
+            base.encoders.name, base.encoders.revision, base.encoders.variant, allow_pickle=allow_pickle
+        )
+        if type(lender) is not type(family):
+            refuse(
+                f"{base.name} was saved without text encoders, and {base.encoders.name}, its base, is of another kind"
+            )
+        lender.load(device, dtype, parts=lent)
+        for name in lent:
+            setattr(family, name, getattr(lender, name))
     for name, path in modules.items():
         setattr(family, name, load_module(base, name, path, dtype).to(device).eval())
+    for name in family.names:
+        files.refuse_not_finite(
+            f"{modules.get(name, base.name)}, {name}", dict(getattr(family, name).named_parameters())
+        )
     drawing = family.pipeline()
     add_embeddings(drawing, embeddings, base.name)
     add_loras(drawing, loras, base.name)
@@ -82,6 +99,7 @@ def add_loras(drawing, loras: list[saved.Lora], base_name: str) -> None:
 def add_lora(drawing, lora: saved.Lora, file: Path, name: str) -> bool:
     """False where it was merged instead of put beside the weights under that name."""
     if files.is_named_by_diffusers(file) and not lora.part:
+        files.check(file, files.tensors(file)[0])
         drawing.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
         return True
     found, _ = files.read(file)

@@ -18,13 +18,19 @@ from utils import errors, models, strict
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"  # the same for A1111, ComfyUI and kohya's scripts
+PICKLED_LORA_FILE = "pytorch_lora_weights.bin"  # as in 2023
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")  # files that can run code when they are loaded carelessly
+SETTINGS_FILE = "training_config.yaml"
+WARN_ABOVE, REFUSE_ABOVE = 2, 10  # strengths of an adapter: beyond 2 few images hold, beyond 10 only noise is left
 EMBEDDINGS_FILE = "learned_embeddings.safetensors"
 STAGED = ".tmp-result-"  # while a result is replaced, the new one is in a folder of this name
 READY = "ready.json"  # in it: names the files of the result; written when all of them are complete
 EMBEDDINGS_KEYS = ("clip_l", "clip_g")  # in it, the rows of the first text encoder and of the second
 ONE_ENCODER = "emb_params"  # the first's name in the files of one word where there is no second, as A1111 writes them
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-CHANGED = ("prediction_type", "rescale_betas_zero_snr", "clip_skip")  # options of a run that are of its model
+# Options of a run that are of its model, and what they may be in a settings file that anybody may have written.
+CHANGED = {"prediction_type": str, "rescale_betas_zero_snr": bool, "clip_skip": int}
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 MODULES = ("unet", "text_encoder", "text_encoder_2")  # what a full checkpoint can hold
 UMASK = os.umask(0o077)  # it can only be read by being set
 os.umask(UMASK)
@@ -68,15 +74,37 @@ class Base:
     prediction_type: str | None = None
     rescale_betas_zero_snr: bool | None = None
     clip_skip: int | None = None
+    encoders: "Base | None" = None  # the model that brings the text encoders, where this one was saved without
 
 
-def lora(text: str, wrong: list, option: str = "--lora", part: str = "") -> Lora | None:
+def lora(text: str, wrong: list, option: str = "--lora", part: str = "", allow_pickle: bool = False) -> Lora | None:
     """`PATH[:SCALE]` -> the file that holds the adapters; a complaint is added to `wrong` when there is none."""
     path, scale = split_scale(text)
     complaints = []
-    file = lora_file(path, complaints)
+    if not abs(scale) <= REFUSE_ABOVE:  # nan is not, either
+        complaints.append(
+            f"--lora {text}: the strength must be a number from -{REFUSE_ABOVE} to {REFUSE_ABOVE}; 0.5 to 1 is usual"
+        )
+    elif abs(scale) > WARN_ABOVE:
+        errors.warn(f"{option} {text}: a strength beyond {WARN_ABOVE} usually destroys the image; 0.5 to 1 is usual")
+    file = lora_file(path, complaints, allow_pickle)
     wrong += [complaint.replace("--lora", option, 1) for complaint in complaints]
     return Lora(path, file, scale, part) if file else None
+
+
+def twice(loras: list) -> list[str]:
+    """Complaints about adapters that were given more than once: their strengths would add up."""
+    complaints = []
+    for number, lora in enumerate(loras):
+        for other in loras[:number]:
+            same = other.file.resolve() == lora.file.resolve()
+            if same and (other.part == lora.part or not (other.part and lora.part)):
+                names = [f"{one.given}:{one.scale:g}" for one in (other, lora)]
+                complaints.append(
+                    f"--lora {' and '.join(names)} are the same file ({lora.file}), whose strengths would add up; "
+                    "give it once, with one strength"
+                )
+    return complaints
 
 
 def split_scale(text: str) -> tuple[str, float]:
@@ -90,10 +118,10 @@ def split_scale(text: str) -> tuple[str, float]:
     return text, 1.0
 
 
-def lora_file(name: str, wrong: list) -> Path | None:
+def lora_file(name: str, wrong: list, allow_pickle: bool = False) -> Path | None:
     path = Path(name).expanduser()
     if not path.exists():
-        path = from_hub(name, wrong)
+        path = from_hub(name, wrong, allow_pickle)
         if path is None:
             return None
     if path.is_file():
@@ -102,6 +130,8 @@ def lora_file(name: str, wrong: list) -> Path | None:
         found = [path / LORA_FILE]
     else:
         found = sorted(file for file in path.glob("*.safetensors") if looks_like_lora(file))
+    if not found and (path / PICKLED_LORA_FILE).is_file():
+        found = [path / PICKLED_LORA_FILE]
     if interrupted(path):
         wrong.append(f"--lora {name}: {INTERRUPTED}")
     elif len(found) > 1:
@@ -111,11 +141,18 @@ def lora_file(name: str, wrong: list) -> Path | None:
     elif not found and any((path / module).is_dir() for module in MODULES):
         wrong.append(f"--lora {name} is a checkpoint of a full training run; give it as --checkpoint")
     elif not found:
-        pickled = [file.name for file in path.iterdir() if file.suffix in (".bin", ".ckpt", ".pt", ".pth")]
-        remedy = f"; {pickled[0]} can run code when loaded: convert it to safetensors first" if pickled else ""
+        pickled = [file.name for file in path.iterdir() if file.suffix in PICKLES]
+        remedy = f"; {pickled[0]} can run code when loaded: name the file and add --allow_pickle" if pickled else ""
         wrong.append(f"--lora {name} holds no LoRA (no {LORA_FILE}){remedy}")
-    elif found[0].suffix != ".safetensors":
-        wrong.append(f"--lora {name} is no .safetensors file; other formats can run code when loaded: convert it first")
+    elif found[0].suffix in PICKLES and not allow_pickle:
+        wrong.append(
+            f"--lora {found[0]} is a pickle file, which can run code when loaded: add --allow_pickle to read only the "
+            "tensors in it"
+        )
+    elif found[0].suffix not in (".safetensors", *PICKLES):
+        wrong.append(f"--lora {name} is not a .safetensors file")
+    elif problem := cut_short(found[0]):
+        wrong.append(f"--lora {problem}")
     elif not looks_like_lora(found[0]):
         wrong.append(f"--lora {found[0]} holds no LoRA weights, or is damaged")
     else:
@@ -123,25 +160,45 @@ def lora_file(name: str, wrong: list) -> Path | None:
     return None
 
 
-def from_hub(name: str, wrong: list) -> Path | None:
+def from_hub(name: str, wrong: list, allow_pickle: bool = False) -> Path | None:
     """A LoRA repository on the hub -> its folder in the local cache. Only names such as `user/lora` are looked up."""
-    if not HUB_NAME.fullmatch(name) or "/" not in name or name.endswith(".safetensors"):
+    if not HUB_NAME.fullmatch(name) or "/" not in name or name.endswith((".safetensors", *PICKLES)):
         wrong.append(f"--lora {name} does not exist")
         return None
+    file = fetched(name, LORA_FILE) or (allow_pickle and fetched(name, PICKLED_LORA_FILE))
+    if not file:
+        if not allow_pickle and on_hub(name, PICKLED_LORA_FILE):
+            wrong.append(
+                f"--lora {name} holds only {PICKLED_LORA_FILE}, a pickle file, which can run code when loaded: add "
+                "--allow_pickle to read only the tensors in it"
+            )
+        else:
+            wrong.append(f"--lora {name} is no folder here, and the hub gave no {LORA_FILE} under that name")
+        return None
+    for other in ("README.md", SETTINGS_FILE, EMBEDDINGS_FILE):  # the first two name the base model
+        fetched(name, other)
+    return file.parent
+
+
+def fetched(name: str, file: str, revision: str | None = None) -> Path | None:
+    """One file of a repository on the hub, in the local cache; None when it cannot be had."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        folder = Path(hf_hub_download(name, LORA_FILE)).parent
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
-        wrong.append(f"--lora {name} is no folder here, and the hub gave no {LORA_FILE} under that name")
+        return Path(hf_hub_download(name, file, revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
         return None
-    for other in ("README.md", EMBEDDINGS_FILE):  # the first names the base model
-        try:
-            hf_hub_download(name, other)
-        except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
-            pass
-    return folder
+
+
+def on_hub(name: str, file: str) -> bool:
+    from huggingface_hub import file_exists
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        return file_exists(name, file)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        return False
 
 
 def embeddings(loras: list, given: list[str], wrong: list) -> list[Embeddings]:
@@ -152,6 +209,9 @@ def embeddings(loras: list, given: list[str], wrong: list) -> list[Embeddings]:
         files.append(path / EMBEDDINGS_FILE if path.is_dir() else path)
     found, taken = [], set()
     for file in dict.fromkeys(files):
+        if problem := cut_short(file):
+            wrong.append(f"--embeddings {problem}")
+            continue
         entries = header(file)
         rows = {tuple(entries[key].get("shape", ()))[:1] for key in (*EMBEDDINGS_KEYS, ONE_ENCODER) if key in entries}
         if len(rows) != 1 or () in rows:
@@ -209,8 +269,10 @@ def checkpoint(name: str, wrong: list) -> Lora | dict | None:
             remedy = f"; it is one network: give the folder around it, {folder.parent}"
         wrong.append(f"--checkpoint {name} holds neither {LORA_FILE} nor unet/{remedy}")
     for module, path in modules.items():
-        if not any(path.glob("*.safetensors")):
+        weights = list(path.glob("*.safetensors"))
+        if not weights:
             wrong.append(f"--checkpoint {name} has no safetensors weights in {module}/")
+        wrong += [f"--checkpoint: {problem}" for file in weights if (problem := cut_short(file))]
     return modules or None
 
 
@@ -309,12 +371,32 @@ def base(given: str | None, loras: list, full_checkpoint: str | None, wrong: lis
 
 def as_trained(base: Base, paths: list[Path]) -> Base:
     """What the options of a run changed about its model holds wherever that is taken from now; the first run that
-    left its settings decides."""
-    records = (read_yaml(place / "training_config.yaml") for path in paths for place in _places(path))
-    settings = next((record for record in records if "pretrained_model_name_or_path" in record), {})
+    left its settings decides. Without settings a file's header may say that it learned velocities; `epsilon` there
+    says nothing of a base that predicts velocities: such adapters are commonly put on both."""
+    records = (record for path in paths if (record := settings_of(path)))
+    settings = next(records, {})
     for name in CHANGED:
         setattr(base, name, settings.get(name))
+    if not base.prediction_type and any(said_to_predict(path) == "v" for path in paths):
+        base.prediction_type = "v_prediction"
     return base
+
+
+def settings_of(path: Path) -> dict:
+    """The settings that a run left beside a file or in a folder; values of another type are left out."""
+    for place in _places(path):
+        found = read_yaml(place / SETTINGS_FILE)
+        if "pretrained_model_name_or_path" in found:
+            strange = [name for name, kind in CHANGED.items() if not isinstance(found.get(name), kind)]
+            strange += ["prediction_type"] if found.get("prediction_type") not in PREDICTION_TYPES else []
+            return {name: value for name, value in found.items() if name not in strange}
+    return {}
+
+
+def said_to_predict(path: Path) -> str | None:
+    """What the header of a file of adapters says: v or epsilon."""
+    told = header(path).get("__metadata__", {}) if path.is_file() else {}
+    return told.get("modelspec.prediction_type")
 
 
 def _places(path: Path) -> tuple[Path, ...]:
@@ -331,7 +413,7 @@ def recorded_base(path: Path) -> Base | None:
     """
     records = []
     for place in _places(path):
-        settings = read_yaml(place / "training_config.yaml")
+        settings = read_yaml(place / SETTINGS_FILE)
         if name := settings.get("pretrained_model_name_or_path"):
             own = {"vae": settings.get("pretrained_vae_model_name_or_path")}
             records.append(Base(str(name), settings.get("revision"), settings.get("variant"), **own))
@@ -353,6 +435,40 @@ def is_pipeline(name: str) -> bool:
     return Path(models.resolve(name)).expanduser().joinpath("model_index.json").is_file()
 
 
+def lent_encoders(base: Base, parts: dict, wrong: list) -> Base | None:
+    """Where the text encoders of a pipeline that was saved without them are found: in the base that its run recorded.
+
+    parts: its model_index.json.
+    """
+    lacking = without(parts)
+    if not lacking:
+        return None
+    folder = Path(models.resolve(base.name)).expanduser()
+    if not folder.is_dir():
+        file = fetched(base.name, SETTINGS_FILE, base.revision) or fetched(base.name, "README.md", base.revision)
+        folder = file.parent if file else folder
+    recorded = recorded_base(folder)
+    if recorded and (is_pipeline(recorded.name) or _is_on_hub(recorded)):
+        if any(name in without(models.read_index(recorded.name, recorded.revision)) for name in lacking):
+            wrong.append(f"{base.name} has no {' or '.join(lacking)}, and {recorded.name}, its base, neither")
+        return recorded
+    found = f"its recorded base {recorded.name} is not found" if recorded else "no base is recorded in it"
+    wrong.append(
+        f"{base.name} was saved without {' and '.join(lacking)}, and {found}; name the base with "
+        f"--pretrained_model_name_or_path, and give {base.name} as --checkpoint"
+    )
+    return None
+
+
+def without(parts: dict) -> list[str]:
+    """The text encoders that a model_index.json names as absent."""
+    return [name for name in MODULES[1:] if name in parts and not any(parts[name] or ())]
+
+
+def _is_on_hub(base: Base) -> bool:
+    return bool(HUB_NAME.fullmatch(base.name)) and fetched(base.name, "model_index.json", base.revision) is not None
+
+
 def misfit(lora: Lora, base_name: str, parts: dict) -> str | None:
     """Why a LoRA cannot belong to a base model, as far as names and shapes tell; None if it may.
 
@@ -363,7 +479,9 @@ def misfit(lora: Lora, base_name: str, parts: dict) -> str | None:
         return f"--lora {lora.given} belongs to a model with two text encoders (SDXL), {base_name} has one"
     folder = Path(models.resolve(base_name)).expanduser()
     writes = read_json(folder / "unet" / "config.json").get("cross_attention_dim")
-    reads = [shape for name, shape in tensors.items() if re.search(r"attn2.to_k.*(lora_A|lora[._]down)", name)]
+    reads = [
+        shape for name, shape in tensors.items() if re.search(r"attn2.(?:processor.)?to_k.*(lora_A|lora[._]down)", name)
+    ]
     if isinstance(writes, int) and reads and reads[0][1:] != [writes]:
         return (
             f"--lora {lora.given} belongs to a model of another family: it reads text of width {reads[0][-1]}, "
@@ -376,7 +494,9 @@ def misfit(lora: Lora, base_name: str, parts: dict) -> str | None:
 
 
 def header(file: Path) -> dict:
-    """A safetensors file's JSON header: {tensor name: {dtype, shape}}, "__metadata__"."""
+    """A safetensors file's JSON header: {tensor name: {dtype, shape}}, "__metadata__"; the like of a pickle."""
+    if file.suffix in PICKLES:
+        return {name: {"shape": list(tensor.shape)} for name, tensor in unpickled(file).items()}
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -401,6 +521,38 @@ def whole_header(file: Path) -> dict:
     if found != expected:
         raise ValueError(f"'{file}' is damaged: {found} bytes, its header says {expected}")
     return entries
+
+
+def cut_short(file: Path) -> str | None:
+    """What is wrong with a safetensors file whose header promises another size; None for one that is whole."""
+    try:
+        if file.suffix == ".safetensors" and file.is_file():
+            whole_header(file)
+    except (OSError, ValueError) as problem:
+        return f"{problem}; copy or download it again"
+    return None
+
+
+def parts_cut_short(name: str) -> list[str]:
+    """What is wrong with the weights of a pipeline in a folder here."""
+    folder = Path(models.resolve(name)).expanduser()
+    return [problem for file in sorted(folder.glob("*/*.safetensors")) if (problem := cut_short(file))]
+
+
+def unpickled(file: Path) -> dict:
+    """The tensors of a pickle, which runs nothing: torch's own reader refuses everything that is not one."""
+    import pickle
+
+    import torch
+
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as problem:
+        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        errors.refuse(f"{file} cannot be read as tensors and nothing else ({reason[:120]})")
+    if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+        errors.refuse(f"{file} does not hold a dictionary of tensors, so it is not a LoRA file that can be read")
+    return found
 
 
 def looks_like_lora(file: Path) -> bool:

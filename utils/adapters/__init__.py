@@ -392,7 +392,7 @@ class Adapters:
 
 def write_kohya(folder: str | Path, dtype: str = "fp32", sgm: bool | None = None) -> None:
     """KOHYA_FILE beside FILE, with the same weights; `sgm` as in `files.kohya`, None: as the file tells."""
-    found, header = files.read(Path(folder, FILE))
+    found, header = files.read(Path(folder, FILE), finite=False)
     # Alphas stand beside the weights there, and diffusers refuses a file that says them twice.
     header = {key: value for key, value in header.items() if key != METADATA}
     target = Path(folder, KOHYA_FILE)

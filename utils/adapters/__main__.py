@@ -26,6 +26,7 @@ def main(argv=None) -> int:
         one.add_argument("output", type=Path, help="file to write; a folder for diffusers and peft")
         formats = ("kohya", "peft", "diffusers") if what == "export" else ("diffusers",)
         one.add_argument("--format", choices=formats, default=formats[0], help="(default: %(default)s)")
+        one.add_argument("--allow_pickle", action="store_true", help="read the tensors of a .bin file, nothing else")
         one.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="(default: %(default)s)")
         if what == "export":
             help = "how to write a DoRA for kohya: full differences of the weights (exact, large), or the nearest LoRA"
@@ -54,9 +55,10 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
-def find(names: list[str]) -> list[saved.Lora]:
+def find(names: list[str], allow_pickle: bool = False) -> list[saved.Lora]:
     wrong = []
-    loras = [saved.lora(name, wrong) for name in names]
+    loras = [saved.lora(name, wrong, allow_pickle=allow_pickle) for name in names]
+    wrong += [] if wrong else saved.twice(loras)
     if wrong:
         errors.refuse([complaint.removeprefix("--lora ") for complaint in wrong])
     for lora in loras:  # as infer.py takes them
@@ -74,7 +76,7 @@ def refuse_existing(path: Path) -> None:
 def convert(args) -> None:
     from utils.adapters import FILE, files
 
-    (lora,) = find([args.lora])
+    (lora,) = find([args.lora], args.allow_pickle)
     folder = args.format != "kohya"
     target = args.output / FILE if args.format == "diffusers" else args.output
     if not folder and target.suffix != ".safetensors":
@@ -155,36 +157,74 @@ def settle_dora(args, lora, found: dict, header: dict) -> dict:
     return made
 
 
-def load(name: str, parts=None, revision: str | None = None, variant: str | None = None):
+def load(
+    name: str, parts=None, revision: str | None = None, variant: str | None = None, vae: str | None = None, **changes
+):
     import torch
 
     from utils import models
     from utils.runtime import startup
 
     startup.quiet()
-    family = models.family_of(name, revision, variant)
-    family.load("cpu", torch.float32, parts=parts)
+    family = models.family_of(name, revision, variant, **changes)
+    family.load("cpu", torch.float32, vae=vae, parts=parts)
     return family
 
 
 def merge(args) -> None:
+    from utils import assembling
     from utils.adapters import files, merging
 
     loras = find(args.lora)
     refuse_existing(args.output_dir)
+    wrong = saved.parts_cut_short(args.model)
+    learned = saved.embeddings(loras, [], wrong)
+    base = as_trained(args.model, loras, wrong)
+    if wrong:
+        errors.refuse(wrong)
     adapters = [(files.read(lora.file)[0], lora.scale) for lora in loras]
     touched = {network for found, _ in adapters for network in found}
-    family = load(args.model, parts=[])
+    own = {"prediction_type": base.prediction_type, "rescale_betas_zero_snr": base.rescale_betas_zero_snr}
+    family = load(args.model, parts=[], vae=base.vae, **own)
     if strange := touched - set(family.names):
         errors.refuse(
             f"{args.model} has no {', '.join(sorted(strange))}: what is to be merged belongs to another family"
         )
+    if learned:
+        touched |= set(family.encoders)
     modules = {name: family.load_module(name, family.dtype) for name in family.names if name in touched}
     merging.merge(modules, adapters, ", ".join(args.lora))
+    if learned:
+        assembling.add_embeddings(family.pipeline(), learned, args.model)
     for module in modules.values():
         module.requires_grad_(True)  # as after training: these are saved, the others are copied from the base
     family.save_pipeline(args.output_dir)
+    if base.clip_skip:  # a pipeline has no place for it: infer.py reads it from the settings beside one
+        settings = {"pretrained_model_name_or_path": args.model, "clip_skip": base.clip_skip}
+        Path(args.output_dir, saved.SETTINGS_FILE).write_text(json.dumps(settings), encoding="utf-8")
+        print(f"clip skip {base.clip_skip}, as in training: infer.py finds it, other programs must be told")
+    for name, value in {**own, "VAE": base.vae}.items():
+        if value:
+            print(f"{name}: {value}, as in training")
+    for one in learned:
+        for word, names in one.words.items():
+            print(f"in prompts write {names} for {word}")
     print(f"{args.output_dir}: {args.model} with {', '.join(f'{lora.given} at {lora.scale:g}' for lora in loras)}")
+
+
+def as_trained(model: str, loras: list[saved.Lora], wrong: list) -> saved.Base:
+    """The base with what the runs changed about it; runs that changed it differently cannot be merged into one."""
+    bases = [saved.as_trained(saved.Base(model), [lora.file]) for lora in loras]
+    for lora, base in zip(loras, bases):
+        base.vae = getattr(saved.recorded_base(lora.file), "vae", None)
+    for name in (*saved.CHANGED, "vae"):
+        values = {str(value): lora for lora, base in zip(loras, bases) if (value := getattr(base, name))}
+        if len(values) > 1:
+            told = " and ".join(f"{lora.given} with {value}" for value, lora in values.items())
+            wrong.append(f"the adapters were trained with different values of {name} ({told}); merge one of them")
+        value = next((value for base in bases if (value := getattr(base, name))), None)
+        setattr(bases[0], name, value)
+    return bases[0]
 
 
 def extract(args) -> None:
@@ -192,6 +232,8 @@ def extract(args) -> None:
 
     target = args.output / FILE
     refuse_existing(target)
+    if wrong := [problem for name in (args.model, args.tuned) for problem in saved.parts_cut_short(name)]:
+        errors.refuse(wrong)
     base, tuned = load(args.model, parts=["unet"]), load(args.tuned, parts=["unet"])
     if base.label != tuned.label:
         errors.refuse(f"{args.model} is a {base.label}, {args.tuned} a {tuned.label}: they have no difference")

@@ -30,12 +30,23 @@ DIFFUSERS = re.compile(
     r"(?:\.weight)?"
 )
 PARTS = {"down": "down", "up": "up", "lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "magnitude"}
+# Layers of 2023, when attention had processors: to_q_lora.down for to_q.lora.down, in a UNet without a prefix, too.
+PROCESSORS = re.compile(r"(?:\.processor)?\.(to_q|to_k|to_v|to_out|add_k_proj|add_v_proj)_lora\.(down|up)(?=\.weight$)")
+OF_CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+OF_UNET = re.compile(r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\.")
 KOHYA = re.compile(r"(lora_unet|lora_te1|lora_te2|lora_te)_(\w+)\.(lora_down\.weight|lora_up\.weight|\w+)")
 KOHYA_PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "dora_scale": "magnitude", "alpha": "alpha"}
 KOHYA_PARTS |= {"diff": "diff"}  # what a layer's weight changes by, whole: LyCORIS calls it "full"
 LYCORIS_PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 LYCORIS_PARTS += ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
+# What only counts together.
+HALVES = (
+    (r"(?<=[._])down(?=\.weight$)", "up"),
+    (r"(?<=[._])up(?=\.weight$)", "down"),
+    (r"lora_A(?=\.weight$)", "lora_B"),
+    (r"lora_B(?=\.weight$)", "lora_A"),
+)
 # kohya writes . as _; these parts of names have an underscore of their own.
 COMPOUND = (
     r"down_blocks up_blocks mid_block transformer_blocks to_q to_k to_v to_out add_k_proj add_v_proj proj_in proj_out"
@@ -72,11 +83,12 @@ SDXL = re.compile(
 # --- Reading -----------------------------------------------------------------------------------------------------
 
 
-def read(file: str | Path) -> tuple[dict, dict]:
-    """Any adapter file => ({network: {layer: parts}}, its header); what is not understood is refused."""
-    with safe_open(str(file), framework="pt") as stored:
-        header = stored.metadata() or {}
-        weights = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 - not a dict
+def read(file: str | Path, finite: bool = True) -> tuple[dict, dict]:
+    """Any adapter file => ({network: {layer: parts}}, its header); what is not understood is refused.
+
+    finite: numbers that are not are refused, too."""
+    weights, header = tensors(file)
+    check(file, weights, finite)
     config = json.loads(header.get(METADATA) or "{}")
     found, strange, names = {}, [], {}
     for key, weight in weights.items():
@@ -98,7 +110,56 @@ def read(file: str | Path) -> tuple[dict, dict]:
     return found, header
 
 
+def tensors(file: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """(weights, header) of a safetensors file, or of a pickle, which has no header."""
+    if Path(file).suffix in saved.PICKLES:
+        return saved.unpickled(Path(file)), {}
+    with safe_open(str(file), framework="pt") as stored:
+        return {key: stored.get_tensor(key) for key in stored.keys()}, stored.metadata() or {}  # noqa: SIM118
+
+
+def check(file: str | Path, weights: dict[str, torch.Tensor], finite: bool = True) -> None:
+    """Refuse weights that draw nothing, or something else, without a word: halves of layers, and no numbers."""
+    partners = [re.sub(one, other, key) for key in weights for one, other in HALVES if re.search(one, key)]
+    lacking = [key for key in partners if key not in weights]
+    if lacking:
+        named = ", ".join(sorted(set(lacking))[:3])
+        why = "so a layer has only one of the two matrices of its LoRA"
+        errors.refuse(f"{file} is incomplete: it lacks {named}, {why}; download or save it again")
+    if finite:
+        refuse_not_finite(file, weights)
+
+
+def refuse_not_finite(file: str | Path, weights: dict[str, torch.Tensor], remedy: str = "") -> None:
+    wrong = [key for key, weight in weights.items() if not torch.isfinite(weight).all()]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        remedy = remedy or "the training diverged or the file is damaged: take an earlier checkpoint or another copy"
+        errors.refuse(f"{file}: {wrong[0]}{more} holds numbers that are not finite (NaN or inf); {remedy}")
+
+
+def current(key: str) -> str:
+    """A key of 2023 => the one that diffusers writes now; others stay.
+
+    down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight
+    => unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0.lora.up.weight
+    text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora.down.weight
+    => text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight
+    """
+    if OF_UNET.match(key):
+        key = f"unet.{key}"
+
+    def renamed(match: re.Match) -> str:
+        name, half = match.groups()
+        if key.startswith("text_encoder"):
+            return f".{OF_CLIP.get(name, name)}.lora_linear_layer.{half}"
+        return f".{'to_out.0' if name == 'to_out' else name}.lora.{half}"
+
+    return PROCESSORS.sub(renamed, key)
+
+
 def _parse(key: str) -> tuple:
+    key = current(key)
     if match := DIFFUSERS.fullmatch(key):
         network, layer, part = match.groups()
         return (
@@ -114,29 +175,33 @@ def _parse(key: str) -> tuple:
 
 
 def is_named_by_diffusers(file: str | Path) -> bool:
-    with safe_open(str(file), framework="pt") as stored:
-        return not any(map(KOHYA.fullmatch, stored.keys()))
+    """As diffusers names them now, in a file that it opens."""
+    keys = saved.header(Path(file)).keys() - {"__metadata__"}
+    return Path(file).suffix not in saved.PICKLES and not any(
+        KOHYA.fullmatch(key) or current(key) != key for key in keys
+    )
 
 
 def is_lycoris(file: str | Path) -> bool:
     """Whether stock diffusers does not load it: LoHa, LoKr, whole differences."""
-    with safe_open(str(file), framework="pt") as stored:
-        return any(key.endswith((*LYCORIS_PARTS, ".diff")) for key in stored.keys())  # noqa: SIM118 - not a dict
+    return any(key.endswith((*LYCORIS_PARTS, ".diff")) for key in saved.header(Path(file)))
 
 
 def network_of(key: str) -> str:
     """The network that a weight of any file belongs to."""
     match = KOHYA.fullmatch(key)
-    return NETWORKS[match[1]] if match else key.split(".")[0]
+    return NETWORKS[match[1]] if match else current(key).split(".")[0]
 
 
 def _settle(file, parts: dict, layer: str, config: dict, named_by_kohya: bool) -> None:
     """alpha as a number, whether it stood beside the weights, in the header or nowhere; magnitudes as a vector."""
     rank = rank_of(parts)
-    if ("down" in parts) != ("up" in parts):
-        errors.refuse(f"{file}: {layer} has only one of the two matrices of its LoRA; the file is damaged")
     if "magnitude" in parts and "up" not in parts:
         errors.refuse(f"{file}: {layer} has a DoRA of another kind than LoRA (dora_scale), which is not supported")
+    loha = all(part in parts for part in LYCORIS_PARTS[:4])
+    lokr = all(f"lokr_w{n}" in parts or {f"lokr_w{n}_a", f"lokr_w{n}_b"} <= parts.keys() for n in (1, 2))
+    if not ("down" in parts or "diff" in parts or loha or lokr):
+        errors.refuse(f"{file}: of {layer} there is only {', '.join(parts)}; the file is damaged")
     if "alpha" in parts:
         parts["alpha"] = float(parts["alpha"])
     elif rank and "lora_alpha" in config:

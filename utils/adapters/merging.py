@@ -36,6 +36,7 @@ def merge(modules: dict[str, torch.nn.Module], adapters: list[tuple[dict, float]
         for found, scale in adapters:
             for name, parts in found.get(network, {}).items():
                 merged[name] = _added_to(layers, network, name, merged.get(name), parts, scale, what)
+        files.refuse_not_finite(what, {f"{network}.{name}": weight for name, weight in merged.items()})
         for name, weight in merged.items():
             layers[name].weight.copy_(weight)
 
@@ -114,6 +115,8 @@ def extract(
         weight, other = layer.weight.float(), others[name].weight.float()
         if weight.shape != other.shape:
             errors.refuse(f"{network}.{name} differs in size: the two pipelines are of different families")
+        for whose, one in (("the base", weight), ("the tuned pipeline", other)):
+            files.refuse_not_finite(whose, {f"{network}.{name}.weight": one})
         if torch.equal(weight, other):
             continue
         large = weight.dim() == 4 and weight.shape[-1] > 1
