@@ -248,3 +248,11 @@ def test_trained_text_encoder_is_run_anew_and_gets_gradients(sd1):
             weight.add_(0.1)
     assert not torch.allclose(family.condition(batch_of())["text"], text)
     assert not family.sampling_prompts(["a red cat"])["prompt_embeds"].requires_grad
+
+
+def test_the_file_in_a_checkpoint_is_titled_by_the_run_and_not_by_its_staging_folder(sd1, tmp_path):
+
+    folder = tmp_path / "dog" / ".tmp-checkpoint-20-0123abcd"
+    trained(loaded(sd1)).save(folder)
+    with safe_open(str(folder / "pytorch_lora_weights.safetensors"), framework="pt") as stored:
+        assert stored.metadata()["modelspec.title"] == "dog-step20"

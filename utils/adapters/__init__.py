@@ -9,6 +9,7 @@ Kronecker product.
 import itertools
 import json
 import math
+import re
 import shlex
 import warnings
 from collections.abc import Sequence
@@ -359,7 +360,9 @@ class Adapters:
 
         LoHa and LoKr, which stock diffusers does not read, are named as in LyCORIS in both."""
         finished = about is not None
-        header = self.header(Path(folder).name) | (about or {})
+        folder = Path(folder)
+        title = re.sub(r"\.tmp-checkpoint-(\d+)-\w+", rf"{folder.parent.name}-step\1", folder.name)
+        header = self.header(title) | (about or {})
         file = saved.marked(Path(folder, FILE), mark)
         files.save(self.weights(), file, header, hashed=finished and self.kind != "lora")
         if output_kohya_format:
