@@ -1,5 +1,6 @@
 """What `accelerate launch` and its configuration say, and what trackers get: the same run as by our own options."""
 
+import os
 import shlex
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_scripts import PROMPT, VALIDATE, losses, same, train, weights  # noqa: F401
+from test_two_processes import free_port
 
 LORA = "train_dreambooth_lora"
 SHORT = "--max_train_steps 3 --train_batch_size 2 --center_crop --learning_rate 1e-3"
@@ -73,6 +75,31 @@ def test_bf16_by_accelerate_launch_and_by_its_configuration(train, sd1, photos, 
         assert done.returncode == 0, done.stderr
         assert losses(tmp_path / name) == losses(by_option)
         assert same(tmp_path / name, by_option)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("single_gpu", "--mixed_precision no"),  # as the file says for a machine without a GPU
+        ("cpu_2proc", ""),
+        ("multi_gpu", "--mixed_precision no"),
+        ("multi_node", "--mixed_precision no --num_machines 1 --num_processes 2 --main_process_ip 127.0.0.1"),
+    ],
+)
+def test_our_launch_configurations_train_on_a_cpu(sd1, photos, tmp_path, name, more):
+    words = f"--config_file '{ROOT / 'accelerate_configs' / name}.yaml' {more}"
+    if name != "single_gpu":
+        words += f" --main_process_port {free_port()}"
+    words += f" '{ROOT / LORA}.py' --pretrained_model_name_or_path '{sd1}' --instance_data_dir '{photos}' --seed 3"
+    words += f" --instance_prompt '{PROMPT}' --output_dir '{tmp_path / 'run'}' --report_to none {SHORT}"
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *shlex.split(words)]
+    environment = os.environ | ({} if name == "single_gpu" else {"ACCELERATE_USE_CPU": "true"})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "run")) == 3
+    text = (ROOT / "accelerate_configs" / f"{name}.yaml").read_text()
+    assert name != "single_gpu" or more in text
 
 
 def test_wandb_without_a_login_asks_nobody_and_keeps_all(train, tmp_path, monkeypatch, capsys):  # noqa: F811
