@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -91,6 +92,61 @@ def test_card_says_what_the_hub_and_a_person_need(folder):
     assert all((folder / url).is_file() and f"({url})" in card.text for url in urls)
     assert "| steps | 100 |" in card.text and "| final loss | 0.1235 |" in card.text and "diffusers 0" in card.text
     assert 'load_lora_weights("my-dog")' in card.text and 'from_pretrained("owner/base"' in card.text
+
+
+def width(tmp_path, number):
+    base = tmp_path / f"base{number}"
+    (base / "unet").mkdir(parents=True)
+    (base / "unet" / "config.json").write_text(json.dumps({"cross_attention_dim": number}))
+    return str(base)
+
+
+def test_licence_is_that_of_the_base_model(folder, tmp_path):
+    for base, family, want in (
+        ("stabilityai/stable-diffusion-2-1", "stable-diffusion", "openrail++"),
+        ("stabilityai/stable-diffusion-2-inpainting", "stable-diffusion-inpainting", "openrail++"),
+        (width(tmp_path, 1024), "stable-diffusion", "openrail++"),
+        (width(tmp_path, 768), "stable-diffusion", "creativeml-openrail-m"),
+        ("CompVis/stable-diffusion-v1-4", "stable-diffusion", "creativeml-openrail-m"),
+        ("stabilityai/stable-diffusion-xl-base-1.0", "stable-diffusion-xl", "openrail++"),
+        ("toybox", "stable-diffusion", "apache-2.0"),
+    ):
+        assert ModelCard.load(make_card(folder, base_model=base, family=family)).data.license == want, base
+
+
+def test_sdxl_loras_get_the_hubs_gallery(folder):
+    for kind in ("lora", "dora"):
+        card = ModelCard.load(make_card(folder, family="stable-diffusion-xl", adapters=kind))
+        assert {"template:sd-lora", "lora", "stable-diffusion-xl", "diffusers"} <= set(card.data.tags)
+        assert "\n<Gallery />\n" in card.text and card.data.instance_prompt and card.data.widget[0]["output"]["url"]
+    for changes in ({"family": "stable-diffusion"}, {"family": "stable-diffusion-xl", "adapters": None}):
+        card = ModelCard.load(make_card(folder, **changes))
+        assert "template:sd-lora" not in card.data.tags and "<Gallery />" not in card.text
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_what_diffusers_cannot_load_does_not_say_so(folder, kind):
+    data = ModelCard.load(make_card(folder, family="stable-diffusion-xl", adapters=kind)).data.to_dict()
+    assert "library_name" not in data and not [tag for tag in data["tags"] if "diffusers" in tag]
+    assert {kind, "lycoris", "text-to-image", "stable-diffusion-xl"} <= set(data["tags"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({}, ['load_lora_weights("someone/dog")', 'pipeline("my-dog"']),
+        ({"model_id": "my-dog"}, ['load_lora_weights("someone/dog")']),
+        ({"adapters": None}, ['from_pretrained("someone/dog"']),
+        ({"adapters": "loha"}, ['infer.py --lora "someone/dog"']),
+    ],
+)
+def test_the_card_that_is_uploaded_names_its_repository(folder, changes, code):
+    for shown in (folder / "samples").iterdir():
+        shutil.rmtree(shown)
+    make_card(folder, **{"prompt": "my-dog"} | changes)
+    text = hub._named(hub.selected(folder)["README.md"].decode(), "someone/dog")
+    assert "\n# someone/dog\n" in text and all(line in text for line in code), text
+    assert "# my-dog" in (folder / "README.md").read_text()  # the one here stays as it is
 
 
 def test_card_of_what_the_toybox_learned(folder):
@@ -193,7 +249,9 @@ def test_upload(folder):
     assert server.files == {
         name: data if isinstance(data, bytes) else data.read_bytes()
         for name, data in hub.selected(folder, TOKEN).items()
-    }
+        if name != "README.md"
+    } | {"README.md": hub._named(hub.selected(folder, TOKEN)["README.md"].decode(), "someone/dog").encode()}
+    assert b'load_lora_weights("someone/dog")' in server.files["README.md"]
     assert server.repos == {"someone/dog": "private"}
     assert server.tokens == {TOKEN}
     check_nothing_secret(server)

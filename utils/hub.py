@@ -26,7 +26,11 @@ NOT_PUBLISHED = 6  # exit code: trained and saved, but not uploaded
 LORA_FILES = ("pytorch_lora_weights*.safetensors", saved.EMBEDDINGS_FILE)
 PARTS = ("unet", "text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2", "scheduler", "feature_extractor")
 PART_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
-LICENSES = {"stable-diffusion": "creativeml-openrail-m", "stable-diffusion-xl": "openrail++"}  # of the base models
+LICENSES = {  # of the base models
+    "stable-diffusion": "creativeml-openrail-m",
+    "stable-diffusion-2": "openrail++",
+    "stable-diffusion-xl": "openrail++",
+}
 LICENSES |= dict.fromkeys(models.EMBEDDED, "apache-2.0")
 ROOT = Path(__file__).resolve().parent.parent  # from where `python -m utils.hub` is found
 PATIENCE = 60.0  # seconds without a byte from the hub, after which it is taken to be gone
@@ -55,8 +59,13 @@ def card(
     output_dir = Path(output_dir)
     name = model_id or hub_name(output_dir)
     samples = _samples(output_dir)
-    tags = ["text-to-image", "diffusers", "diffusers-training", *([adapters] if adapters else [])]
-    tags += [*(["dreambooth"] if kind.endswith("booth") else []), family, f"{family}-diffusers"]
+    stock = adapters not in ("loha", "lokr")  # what stock diffusers loads
+    kin = {"dora": ["lora", "dora"], "loha": ["lycoris", "loha"], "lokr": ["lycoris", "lokr"]}
+    tags = ["text-to-image", *(["diffusers", "diffusers-training"] if stock else [])]
+    tags += kin.get(adapters, [adapters] if adapters else [])
+    tags += [*(["dreambooth"] if kind.endswith("booth") else []), family, *([f"{family}-diffusers"] if stock else [])]
+    as_gallery = bool(adapters and stock and family == "stable-diffusion-xl")  # the hub's own page for such LoRAs
+    tags += ["template:sd-lora"] if as_gallery else []
     prompts = [one for one in ([prompt] if isinstance(prompt, str) else prompt or ()) if one]
     prompt = prompts[0] if prompts else None
     more = {"instance_prompt": ", ".join(prompts)} if prompts else {}
@@ -65,8 +74,8 @@ def card(
         more["widget"] = [{"text": text or prompt or "", "output": {"url": url}} for url, text in samples]
     data = ModelCardData(
         base_model=base_model,
-        library_name="diffusers",
-        license=license or LICENSES.get(base_model) or LICENSES.get(family.removesuffix("-inpainting"), "other"),
+        library_name="diffusers" if stock else None,
+        license=license or _license(base_model, family),
         pipeline_tag="text-to-image",
         tags=tags,
         datasets=[dataset] if dataset and re.fullmatch(r"[\w.-]+/[\w.-]+", dataset) and not is_local(dataset) else None,
@@ -78,7 +87,7 @@ def card(
     several = f"{len(prompts)} subjects" if len(prompts) > 1 else "one subject"
     methods = {"dreambooth": "DreamBooth", "pdmbooth": "PDMBooth"}
     how = f"taught {several} with {methods[kind]}" if kind in methods else "trained on captioned images"
-    parts = [f"# {escape(name)}", f"{what} {code(base_model)}, {how}."]
+    parts = [f"# {escape(name)}", "<Gallery />" if as_gallery and samples else "", f"{what} {code(base_model)}, {how}."]
     if diverged:
         parts.append(f"**The training diverged**: {diverged}. These weights are of no use but to find out why.")
     if len(prompts) > 1:
@@ -151,6 +160,8 @@ def publish(
             files = selected(Path(output_dir), token)
             check_whole(Path(output_dir), files)
             repo = api.create_repo(model_id, private=private, exist_ok=True).repo_id
+            if "README.md" in files:
+                files["README.md"] = _named(files["README.md"].decode(), repo).encode()
             operations = [CommitOperationAdd(path, data) for path, data in files.items()]
             done = api.create_commit(repo, operations, commit_message="Upload the result of a training run")
             print(f"published {len(operations)} files: {done.repo_url}", flush=True)
@@ -269,6 +280,33 @@ def passing(problem: Exception) -> bool:
     if response is not None:
         return response.status_code in (408, 429) or response.status_code >= 500
     return isinstance(problem, OSError) or type(problem).__module__.split(".")[0].startswith(("httpx", "httpcore"))
+
+
+def _license(base_model: str, family: str) -> str:
+    """Of the base model. Stable Diffusion 2 is recognised by its width where its configuration is on this machine,
+    else by its name."""
+    from huggingface_hub import try_to_load_from_cache
+
+    family = family.removesuffix("-inpainting")
+    if family == "stable-diffusion" and base_model not in models.EMBEDDED:
+        file = Path(base_model).expanduser() / "unet" / "config.json"
+        if not file.is_file() and saved.HUB_NAME.fullmatch(base_model):
+            file = try_to_load_from_cache(base_model, "unet/config.json")
+        width = saved.read_json(Path(file)).get("cross_attention_dim") if isinstance(file, (str, Path)) else None
+        if width == 1024 or (width is None and re.search(r"stable-diffusion-(v?2)", base_model)):
+            family = "stable-diffusion-2"
+    return LICENSES.get(base_model) or LICENSES.get(family, "other")
+
+
+def _named(text: str, repo: str) -> str:
+    """The card under the name that its repository really has: a run without --hub_model_id, or with a name alone, does
+    not know whose account it goes to."""
+    title = re.search(r"^# (.+)$", text, re.MULTILINE)
+    if not title:
+        return text
+    text = text.replace(title[0], f"# {repo}", 1)
+    calls = r"(from_pretrained\(|load_lora_weights\(|hf_hub_download\(|infer\.py --lora )"
+    return re.sub(calls + re.escape(json.dumps(title[1])), lambda found: found[1] + json.dumps(repo), text)
 
 
 def _folders_here(settings: str) -> set[str]:
