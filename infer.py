@@ -84,6 +84,7 @@ def parse_args(argv=None):
     add = arguments.group(parser, "Output")
     add("output_dir", folder, "images", "where the images go; those of the same names are replaced")
     add("grid", flag, True, "also grid.png, all in one labelled picture: a row a prompt, a column a seed")
+    parser.only_once = ("checkpoint",)
     return arguments.parse(parser, argv)
 
 

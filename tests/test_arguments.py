@@ -489,3 +489,14 @@ def test_defaults_stand_beside_the_settings():
         "pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "rank", "lr_scheduler",
         "max_train_steps", "lr_warmup_steps",
     }  # fmt: skip
+
+
+def test_an_option_of_one_value_given_twice_is_pointed_out(capsys):
+    words = [*NEEDED, "--rank", "8", "--rank=16", "--random_flip", "--random_flip", "no", "--seed=1", "--seed=1"]
+    args = arguments.parse(build(), [*words, "--validation_prompt", "a", "--validation_prompt", "b"])
+    assert (args.rank, args.random_flip, args.validation_prompt) == (16, False, ["a", "b"])
+    said = [line for line in capsys.readouterr().err.splitlines() if "times" in line]
+    assert said == [
+        "warning: --random_flip is given 2 times (yes, no): the last value is used",
+        "warning: --rank is given 2 times (8, 16): the last value is used",
+    ]

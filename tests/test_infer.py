@@ -528,3 +528,8 @@ def test_a_picture_that_is_there_stays(sd1, tmp_path):
     first[0].write_bytes(b"mine")
     assert draw(tmp_path / "out", *prompt)[0].name == f"{first[0].stem}-3.png" and first[0].read_bytes() == b"mine"
     assert all(path.read_bytes() == data for path, data in kept.items() if path != first[0])
+
+
+def test_one_checkpoint_at_a_time(capsys, tmp_path):
+    said = refused(capsys, "--checkpoint", "runs/a", "--checkpoint", "runs/b", "--prompt", "x")
+    assert "--checkpoint is given 2 times (runs/a, runs/b)" in said and "once for each" in said

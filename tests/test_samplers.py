@@ -156,3 +156,24 @@ def test_training_refuses_a_sampler_before_it_loads(train, tmp_path, capsys):  #
     assert stopped.value.code == 2 and "--validation_scheduler DDPMScheduler cannot draw" in said
     assert "DPMSolverMultistepScheduler, EulerDiscreteScheduler" in said
     train("train_dreambooth_lora", options, "yes", model=edm)  # no images, no sampler
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize("name", [name for name in samplers.SAMPLERS if name != "lms"])
+def test_no_sampler_clips_latents_where_the_models_scheduler_does_not_say(name, rescaled):
+    """Saved PNDM, whose class has no such entry: DDIM and DDPM made from it would clip x0 to [-1, 1]."""
+    from diffusers import PNDMScheduler
+
+    from utils.models.stable_diffusion import StableDiffusion
+
+    family = StableDiffusion("toybox", prediction_type="v_prediction", rescale_betas_zero_snr=rescaled)
+    scheduler = family._as_trained(PNDMScheduler(skip_prk_steps=True))
+    kind, changes = samplers.SAMPLERS[name]
+    if not samplers.misfit(name, scheduler.config, "--scheduler"):
+        assert not samplers.make(kind, scheduler.config, changes).config.get("clip_sample")
+
+
+def test_what_a_models_scheduler_says_about_clipping_stays():
+    from diffusers import DDPMScheduler
+
+    assert samplers.make("DDIMScheduler", DDPMScheduler(clip_sample=True).config).config.clip_sample

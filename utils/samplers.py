@@ -64,11 +64,19 @@ def make(name: str, config: Mapping, changes: Mapping | None = None):
     changes = dict(changes or {})
     if complaint := misfit(_short(name, changes), config, "sampler"):
         errors.refuse(complaint)
+    changes = not_clipped(config) | changes
     if is_edm(config):
         cls = getattr(diffusers, EDM_TWINS.get(name, name))
     if str(config.get("variance_type", "")).startswith("learned"):  # the learned half is thrown away in training
         changes["variance_type"] = "fixed_small"
     return cls.from_config({**config, **changes})
+
+
+def not_clipped(config: Mapping) -> dict:
+    """What to change where a model's scheduler does not say whether x0 is clipped to [-1, 1]: DDIM and DDPM would by
+    default, and latents are larger. Pipelines of diffusers correct the scheduler that they are made with, no other."""
+    said = "clip_sample" in config and "clip_sample" not in config.get("_use_default_values", ())
+    return {} if said else {"clip_sample": False}
 
 
 def is_edm(config: Mapping) -> bool:

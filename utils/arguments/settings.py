@@ -130,6 +130,12 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     args = Settings(**(defaults | given))
     args.defaults = Settings(**defaults)
     found = relations.check(args, given, defaults, misread)
+    for name, values in _repeated(actions.values(), words):
+        told = f"--{name} is given {len(values)} times ({', '.join(values)})"
+        if name in getattr(parser, "only_once", ()):
+            complaints.append(f"{told}: give one, and run the command once for each")
+        else:
+            found.warnings.append(f"{told}: the last value is used")
     relations.check(args.defaults, {}, defaults, set())  # settles those that follow from others; complains in vain
     complaints += found.complaints
     if complaints:
@@ -207,6 +213,18 @@ def _split(parser, actions, words: list[str], complaints: list[str]) -> dict[str
             words = rest
     complaints += _about_strangers(parser, words, strangers)
     return vars(namespace)
+
+
+def _repeated(actions, words: list[str]):
+    """(name, values) of options that take one value and were given several."""
+    for action in actions:
+        values = []
+        for word, after in zip(words, [*words[1:], "--"]):
+            option, equals, value = word.partition("=")
+            if option in action.option_strings:
+                values.append(value if equals else str(action.const) if after.startswith("--") else after)
+        if len(set(values)) > 1 and not isinstance(action, argparse._AppendAction):
+            yield action.dest, values
 
 
 def _about_strangers(parser, words: list[str], strangers: list[str]) -> list[str]:

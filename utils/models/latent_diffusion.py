@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from utils import captions, errors, models, saved
+from utils import captions, errors, models, samplers, saved
 from utils.models import clip
 
 # A bar for every network that is read would bury the one that counts.
@@ -107,6 +107,7 @@ class LatentDiffusion:
             kind = type(scheduler) if known else DDIMScheduler
             # Trailing: sampling must begin at the last timestep, where there is nothing but noise.
             changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+            changes |= samplers.not_clipped(scheduler.config)
             if scheduler.config.get("use_karras_sigmas"):  # see samplers.NOT_ZERO_SNR
                 changes["use_karras_sigmas"] = False
             scheduler = kind.from_config(scheduler.config, **changes)
