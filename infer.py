@@ -15,10 +15,11 @@ import functools
 import re
 from pathlib import Path
 
-from utils import arguments, captions, models, samplers, saved, targets
+from utils import arguments, captions, interrupts, models, preflight, samplers, saved, targets, writing
 from utils.arguments.settings import choice, flag, folder, nearest, number, text, whole
 from utils.arguments.settings import prompt as prompt_text
-from utils.errors import refuse
+from utils.errors import readable, refuse, when_writing_fails
+from utils.preflight import model_folder
 
 REFINERS = ("StableDiffusionXLImg2ImgPipeline",)  # what the published one says that it is
 # Without an identifier its place closes up: the same scene for the subject and for any other of its class.
@@ -88,6 +89,7 @@ def parse_args(argv=None):
     return arguments.parse(parser, argv)
 
 
+@interrupts.answered("stopped; images that are listed above are complete")
 def main(args):
     prompts, base, loras, modules, learned = check(args)  # every complaint, before anything heavy is imported
     seeds = list(range(args.seed, args.seed + args.num_images))
@@ -97,6 +99,8 @@ def main(args):
     files = [Path(args.output_dir, file_name(prompts.index(prompt), prompt, seed)) for prompt, seed in jobs]
     if args.dry_run:
         return print_plan(base, loras, modules, learned, jobs, files)
+    preflight.create(args.output_dir)
+    writing.sweep(args.output_dir, older_than=3600)
     from utils import assembling, sheets, validation
     from utils.report import gallery
     from utils.runtime import startup
@@ -136,18 +140,19 @@ def main(args):
     )
     if refiner:
         images = refined(refiner, images, [(spelled(prompt), seed) for prompt, seed in jobs], args)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     cells = []
     for k, image in images:
         prompt, seed = jobs[k]
         own = {"prompt": prompt, "seed": seed, "width": image.width, "height": image.height}
-        files[k] = gallery.save_beside(image, files[k], own | told)
+        with when_writing_fails(f"{files[k]} cannot be written ({len(cells)} of {len(jobs)} images are complete)"):
+            files[k] = gallery.save_beside(image, files[k], own | told)
         print(f"{files[k]}  seed {seed}  {prompt}", flush=True)
         cells.append(image)
     if args.grid and len(cells) > 1:
         sheet = sheets.grid(cells, prompts, [f"seed {seed}" for seed in seeds])
         told |= {"prompts": prompts, "seeds": seeds}
-        files.append(gallery.save_beside(sheet, Path(args.output_dir, "grid.png"), told))
+        with when_writing_fails(f"{Path(args.output_dir, 'grid.png')} cannot be written; all images are complete"):
+            files.append(gallery.save_beside(sheet, Path(args.output_dir, "grid.png"), told))
         print(f"{files[-1]}  prompts down, seeds across")
     return files
 
@@ -201,7 +206,8 @@ def check(args):
             wrong.append(
                 f"--{name} {value} is no multiple of 8; the nearest are {value // 8 * 8} and {value // 8 * 8 + 8}"
             )
-    if args.refiner and models.read_index(args.refiner).get("_class_name") not in REFINERS:
+    wrong += model_folder.elsewhere(args)
+    if args.refiner and models.read_index(args.refiner, option="refiner").get("_class_name") not in REFINERS:
         wrong.append(f"--refiner {args.refiner} is no SDXL refiner; give one of: {', '.join(REFINERS)}")
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         wrong.append(f"--output_dir {args.output_dir} is a file; give a folder")
@@ -250,7 +256,7 @@ def all_prompts(args, wrong: list) -> list:
     raw = list(args.prompt)
     if args.prompt_file:
         try:
-            lines = Path(args.prompt_file).read_text(encoding="utf-8-sig").splitlines()
+            lines = readable(args.prompt_file).decode("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as problem:
             wrong.append(f"--prompt_file {args.prompt_file} cannot be read: {getattr(problem, 'strerror', problem)}")
         else:

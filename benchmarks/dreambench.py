@@ -360,9 +360,9 @@ def _cost(folder: Path) -> dict[str, float]:
 
 
 def _write(file: Path, text: str) -> None:
-    from utils.report import gallery
+    from utils import writing
 
-    gallery.write_whole(file, f"{text}\n".encode())
+    writing.write(file, f"{text}\n")
 
 
 # Table

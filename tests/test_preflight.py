@@ -79,7 +79,7 @@ def test_a_signal_during_the_checks_is_answered_at_once(sd1, tmp_path, name, cod
     process.send_signal(getattr(signal, name))
     said = process.communicate(timeout=60)[1]
     assert process.returncode == code and time.monotonic() - began < 3, "a second, on a machine that others use too"
-    assert said == f"warning: {name}: stopped during the checks, before training began\n"
+    assert said == f"{name}: stopped during the checks, before training began\n"
     assert not (tmp_path / "out").exists()
 
 

@@ -98,7 +98,7 @@ PHASES = {
     "class images": (prior.os, "replace", 2, None),
     "caching": (LatentDiffusion, "posterior", 1, None),
     "first validation": (validation.gallery, "png_bytes", 1, None),
-    "step": (losses, "error", 3, 3),
+    "step": (losses, "error", 5, 3),  # twice a step: of the prediction, and of zero
     "validation": (validation.gallery, "png_bytes", 3, 2),
     "saving": (manifests, "write", 1, 2),
 }

@@ -7,9 +7,8 @@ import difflib
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
-from utils import strict
+from utils import errors, strict
 
 PATHS = ("instance_data_dir", "class_data_dir")
 TEXTS = ("instance_prompt", "class_prompt")
@@ -44,7 +43,7 @@ def read(source: str | list) -> tuple[list[dict], list[str]]:
     if isinstance(source, str):
         where, folder = f"--concepts_list {source}", os.path.dirname(source)
         try:
-            source = strict.parsed_json(Path(source).read_text(encoding="utf-8"))
+            source = strict.parsed_json(errors.readable(source).decode("utf-8"))
         except (OSError, ValueError) as problem:  # no UTF-8 is a ValueError too
             return [], [f"{where}: {getattr(problem, 'strerror', None) or f'is not valid JSON: {problem}'}"]
     if not isinstance(source, list) or not source or not all(isinstance(row, dict) for row in source):

@@ -1,9 +1,11 @@
 """How a run says no: one sentence a problem, on stderr, and an exit code that a scheduler can act on."""
 
 import contextlib
+import errno
 import os
+import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from utils import launchers
@@ -40,6 +42,33 @@ def warn(message: str, everywhere: bool = False) -> None:
     """
     if everywhere or _first_here():
         print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def when_writing_fails(what: str) -> Iterator[None]:
+    """Around the work of a tool: a disk that is full or fails is one sentence, not a traceback."""
+    try:
+        yield
+    except Exception as problem:
+        # safetensors has an error of its own for those of the operating system; it is not imported for its name.
+        if not isinstance(problem, OSError) and type(problem).__name__ != "SafetensorError":
+            raise
+        refuse(f"{what}: {getattr(problem, 'strerror', None) or problem}", FAILED)
+
+
+def readable(path: str | os.PathLike, most: int = 64 * 2**20) -> bytes:
+    """The content of a small file that a person names; OSError for what is not a file, or is larger than `most`.
+
+    Opened without waiting: a named pipe that nobody writes to would be waited for without end.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(handle, "rb") as file:
+        held = os.fstat(handle)
+        if not (stat.S_ISREG(held.st_mode) or os.path.samefile(path, os.devnull)):
+            raise OSError(errno.EINVAL, "is a folder" if stat.S_ISDIR(held.st_mode) else "is not a regular file")
+        if held.st_size > most:
+            raise OSError(errno.EFBIG, f"has {held.st_size:,} bytes; {most:,} are accepted")
+        return file.read()
 
 
 def _first_here() -> bool:

@@ -6,6 +6,7 @@ A failed upload can be repeated at any time without the training script:
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -18,7 +19,7 @@ from fnmatch import fnmatchcase
 from html import escape
 from pathlib import Path
 
-from utils import captions, errors, models, saved, strict
+from utils import captions, errors, interrupts, models, saved, strict, writing
 from utils.preflight import remote
 from utils.report import curves, gallery
 
@@ -53,7 +54,8 @@ def card(
     diverged: str | None = None,  # how far, in words
     license: str | None = None,  # default: that of the family's base models
 ) -> Path:
-    """Write README.md: what this is, what it draws, how it was made, how to load it."""
+    """Write README.md: what this is, what it draws, how it was made, how to load it. The result is saved already, so a
+    card that cannot be written is a warning."""
     from huggingface_hub import ModelCardData
 
     output_dir = Path(output_dir)
@@ -110,7 +112,8 @@ def card(
     parts += ["## Training", "\n".join(["| | |", "|---|---|", *table])]
     parts.append("Every option stands in `training_config.yaml`. The licence is that of the base model.")
     text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
-    gallery.write_whole(output_dir / "README.md", text.encode())
+    with writing.unless_it_fails(output_dir / "README.md"):
+        writing.write(output_dir / "README.md", text)
     return output_dir / "README.md"
 
 
@@ -379,7 +382,8 @@ def _samples(output_dir: Path) -> list[tuple[str, str | None]]:
     found = {step: files for step, files in gallery.sample_files(output_dir).items() if last is None or step <= last}
     chosen = []
     for _, path in sorted(found[max(found)].items()) if found else ():
-        with Image.open(path, formats=["PNG"]) as image:
+        # One that is damaged is no sample. SyntaxError: Pillow, of a broken PNG.
+        with contextlib.suppress(OSError, SyntaxError, ValueError), Image.open(path, formats=["PNG"]) as image:
             chosen.append((path.relative_to(output_dir).as_posix(), gallery.png_settings(image).get("prompt")))
     return chosen
 
@@ -443,6 +447,7 @@ def _reason(problem: Exception, token: str | None) -> str:
     return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", line)
 
 
+@interrupts.answered("stopped; run the command again to publish")
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m utils.hub", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -124,7 +124,7 @@ def lora_file(name: str, wrong: list, allow_pickle: bool = False) -> Path | None
         path = from_hub(name, wrong, allow_pickle)
         if path is None:
             return None
-    if path.is_file():
+    if not path.is_dir():
         found = [path]
     elif (path / LORA_FILE).is_file():
         found = [path / LORA_FILE]
@@ -495,6 +495,8 @@ def misfit(lora: Lora, base_name: str, parts: dict) -> str | None:
 
 def header(file: Path) -> dict:
     """A safetensors file's JSON header: {tensor name: {dtype, shape}}, "__metadata__"; the like of a pickle."""
+    if not file.is_file():  # a named pipe would be waited for
+        return {}
     if file.suffix in PICKLES:
         return {name: {"shape": list(tensor.shape)} for name, tensor in unpickled(file).items()}
     try:

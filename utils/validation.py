@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from utils import errors, samplers
+from utils import errors, samplers, writing
 from utils.report import gallery
 
 save_png = gallery.save_png  # infer.py writes its pictures the same way
@@ -65,7 +65,7 @@ class Sampler:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 for prompt, image, data in drawn:
-                    gallery.write_whole(folder / f"{prompt:02d}-{image:02d}.png", data)
+                    writing.write(folder / f"{prompt:02d}-{image:02d}.png", data)
             except OSError as problem:  # a full disk
                 errors.warn(f"{folder}: not all sample images were written ({problem.strerror or problem})")
             self._show(drawn, step)

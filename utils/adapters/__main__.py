@@ -13,9 +13,10 @@ import json
 import shlex
 from pathlib import Path
 
-from utils import errors, saved
+from utils import errors, interrupts, results, saved
 
 
+@interrupts.answered("stopped; no file is half-written")
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m utils.adapters", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -45,7 +46,10 @@ def main(argv=None) -> int:
     one.add_argument("--rank", type=_at_least_one, default=16, help="(default: %(default)s)")
     one.add_argument("--conv_rank", type=_at_least_one, help="rank of 3 x 3 convolutions (default: --rank)")
     args = parser.parse_args(argv)
-    {"export": convert, "import": convert, "merge": merge, "extract": extract}[args.what](args)
+    target = args.output_dir if args.what == "merge" else args.output
+    work = {"export": convert, "import": convert, "merge": merge, "extract": extract}[args.what]
+    with errors.when_writing_fails(f"{target} cannot be written"):
+        work(args)
     return 0
 
 
@@ -69,6 +73,8 @@ def find(names: list[str], allow_pickle: bool = False) -> list[saved.Lora]:
 
 
 def refuse_existing(path: Path) -> None:
+    if path.is_dir():
+        results.complete(path)  # what a kill left
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         errors.refuse(f"{path} exists; name another, or remove it")
 
@@ -106,9 +112,10 @@ def convert(args) -> None:
         weights, config = files.diffusers(found)
         files.save(narrowed(weights), target, header | {files.METADATA: json.dumps(config, indent=2, sort_keys=True)})
     else:
-        for network, (weights, config) in files.peft(found).items():
-            files.save(narrowed(weights), target / network / "adapter_model.safetensors", {"format": "pt"})
-            (target / network / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        with results.replacing(target) as folder:
+            for network, (weights, config) in files.peft(found).items():
+                files.save(narrowed(weights), folder / network / "adapter_model.safetensors", {"format": "pt"})
+                (folder / network / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     print(f"{target}: {sum(map(len, found.values()))} layers of {', '.join(found)}")
     if words:
         from utils import tokens
@@ -198,10 +205,12 @@ def merge(args) -> None:
         assembling.add_embeddings(family.pipeline(), learned, args.model)
     for module in modules.values():
         module.requires_grad_(True)  # as after training: these are saved, the others are copied from the base
-    family.save_pipeline(args.output_dir)
-    if base.clip_skip:  # a pipeline has no place for it: infer.py reads it from the settings beside one
-        settings = {"pretrained_model_name_or_path": args.model, "clip_skip": base.clip_skip}
-        Path(args.output_dir, saved.SETTINGS_FILE).write_text(json.dumps(settings), encoding="utf-8")
+    with results.replacing(args.output_dir) as folder:
+        family.save_pipeline(folder)
+        if base.clip_skip:  # a pipeline has no place for it: infer.py reads it from the settings beside one
+            settings = {"pretrained_model_name_or_path": args.model, "clip_skip": base.clip_skip}
+            (folder / saved.SETTINGS_FILE).write_text(json.dumps(settings), encoding="utf-8")
+    if base.clip_skip:
         print(f"clip skip {base.clip_skip}, as in training: infer.py finds it, other programs must be told")
     for name, value in {**own, "VAE": base.vae}.items():
         if value:

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from utils import errors, saved
+from utils import errors, saved, writing
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 METADATA = "lora_adapter_metadata"  # where diffusers looks for rank and alpha in the file's header
@@ -430,11 +430,12 @@ def save(
 ) -> None:
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     weights = {key: weight.detach().cpu().contiguous() for key, weight in weights.items()}
-    if hashed:  # of a file whose header holds the ss_ entries alone, so that others may be edited
-        save_file(weights, str(file), metadata={key: text for key, text in header.items() if key.startswith("ss_")})
-        header = header | hashes(file)
-    save_file(weights, str(file), metadata=header)
-    saved.shared(file)
+    with writing.aside(file) as staged:
+        if hashed:  # of a file whose header holds the ss_ entries alone, so that others may be edited
+            plain = {key: text for key, text in header.items() if key.startswith("ss_")}
+            save_file(weights, str(staged), metadata=plain)
+            header = header | hashes(staged)
+        save_file(weights, str(staged), metadata=header)
 
 
 def hashes(file: str | Path) -> dict[str, str]:

@@ -16,7 +16,9 @@ from pathlib import Path
 
 from utils import strict
 from utils.arguments import relations
-from utils.errors import outlast_readers, refuse, warn
+from utils.errors import outlast_readers, readable, refuse, warn
+
+MOST_BYTES = 3800  # of a path: systems take 4,096, and names of files come behind it
 
 # About one start of the script, not about the run that it makes; and a name by which a secret is found.
 OCCASIONAL = ("config", "dry_run", "overwrite_output_dir", "resume_from_checkpoint", "allow_resume_mismatch")
@@ -81,6 +83,15 @@ def _filled(written: str) -> str:
     return written
 
 
+def _path(written: str) -> str:
+    """A folder, file or hub name that can be looked for: longer ones are an OSError of every function that looks."""
+    path = os.path.expanduser(_filled(written))
+    longest = max(map(len, os.fsencode(path).split(b"/")))
+    if longest > 255 or len(os.fsencode(path)) > MOST_BYTES or "\0" in path:
+        raise ValueError
+    return path
+
+
 def _colour(written: str) -> str:
     if not re.fullmatch("white|black|gr[ae]y|#[0-9a-f]{6}", written.lower()):
         raise ValueError
@@ -97,7 +108,7 @@ colour = Kind("COLOUR", "white, black, grey or #rrggbb", _colour)
 text = Kind("TEXT", "something that is not empty", _filled, commas=True)
 prompt = Kind("PROMPT", "a text", str)  # an empty prompt is a prompt
 concepts_file = Kind("FILE.json", "a file", lambda written: os.path.expanduser(_filled(written)), rows=True)
-folder = Kind("PATH", "something that is not empty", lambda written: os.path.expanduser(_filled(written)))
+folder = Kind("PATH", f"a path, not empty, of names of up to 255 bytes, {MOST_BYTES:,} in all", _path)
 
 
 class Settings(argparse.Namespace):
@@ -246,7 +257,7 @@ def _about_strangers(parser, words: list[str], strangers: list[str]) -> list[str
 def _config(path: str, actions: dict, kinds: dict[str, Kind], complaints: list[str]) -> dict[str, object]:
     """What a YAML file gives; null stands for the default, as in a file that a run wrote."""
     try:
-        content = strict.yaml(Path(path).read_text(encoding="utf-8"))
+        content = strict.yaml(readable(path).decode("utf-8"))
     except (OSError, ValueError) as problem:  # no UTF-8 is a ValueError too
         complaints.append(f"--config {path}: {getattr(problem, 'strerror', None) or problem}")
         return {}
@@ -285,6 +296,7 @@ def _convert(where: str, kind: Kind, value, complaints: list[str]):
         except (ValueError, KeyError, OverflowError):
             continue
     shown = f"'{value}'" if isinstance(value, str) and (" " in value or not value) else value
+    shown = f"{shown[:100]}..." if isinstance(shown, str) and len(shown) > 150 else shown
     names = kind.metavar.strip("{}").split(",") if kind.metavar.startswith("{") else []
     complaints.append(f"{where} is {shown}: it must be {kind.needs}{nearest(str(value), names)}")
     return None

@@ -168,7 +168,7 @@ class PowerAverages:
 
     def _write(self, step: int, updates: int, sigma_rel: float, state: dict) -> None:
         self.folder.mkdir(exist_ok=True)
-        file = self.folder / f"step-{step:06d}-{sigma_rel:g}.safetensors"
+        file = self.folder / name_of(step, sigma_rel)
         staged = self.folder / f"{STAGED}{file.name}"
         told = {"format": "pt", "step": str(step), "updates": str(updates), "sigma_rel": repr(sigma_rel)}
         tensors = {name: value.cpu().contiguous() for name, value in state.items()}
@@ -195,6 +195,10 @@ class PowerAverages:
     def load(self, folder: Path) -> None:
         for average in self.averages.values():
             average.load(folder)
+
+
+def name_of(step: int, sigma_rel: float) -> str:
+    return f"step-{step:06d}-{sigma_rel:g}.safetensors"
 
 
 def _is_main() -> bool:
@@ -231,6 +235,11 @@ def listed(folder: Path) -> list[Snapshot]:
             one = Snapshot(file, *numbers, shapes, told.get("sha256"))
         except (SafetensorError, OSError, KeyError, ValueError) as problem:
             errors.refuse(f"{file} is no snapshot of an average, or damaged ({problem}); move it away")
+        if file.name != name_of(one.step, one.sigma_rel):
+            errors.refuse(
+                f"{file} holds the average of {name_of(one.step, one.sigma_rel)}: it was renamed, or copied over "
+                "another snapshot; move it away"
+            )
         if found and one.shapes != found[0].shapes:
             errors.refuse(f"{file} and {found[0].file.name} are of different weights; move one run's away")
         found.append(one)

@@ -97,12 +97,12 @@ def side_factor(vae: Mapping, unet: Mapping) -> int:
     return 2 ** (len(vae["block_out_channels"]) - 1 + len(unet["block_out_channels"]) - 1)
 
 
-def read_index(name: str, revision: str | None = None) -> dict:
+def read_index(name: str, revision: str | None = None, option: str = "pretrained_model_name_or_path") -> dict:
     """model_index.json of a local folder or of the hub."""
     path = Path(resolve(name)).expanduser()
     file = path / "model_index.json"
     if path.is_dir() and not file.is_file():
-        errors.refuse(f"--pretrained_model_name_or_path {name} is a folder without model_index.json, so no pipeline")
+        errors.refuse(f"--{option} {name} is a folder without model_index.json, so no pipeline")
     if not path.is_dir():
         try:
             from huggingface_hub import hf_hub_download
@@ -111,7 +111,7 @@ def read_index(name: str, revision: str | None = None) -> dict:
         except Exception as problem:  # many kinds: no such model, gated, offline, no network, not a valid name
             reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
             errors.refuse(
-                f"--pretrained_model_name_or_path {name} is neither a folder here nor a model the hub gave us "
+                f"--{option} {name} is neither a folder here nor a model the hub gave us "
                 f"({reason}); check the name, or log in with: hf auth login"
             )
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from utils import errors, images, masks, noise, precomputed, randomness, targets, validation
+from utils import errors, images, masks, noise, precomputed, randomness, targets, validation, writing
 from utils.pdm.features import Tap, difference, invert, keep_activations, timesteps_of
 from utils.pdm.files import Writer, is_damaged, name_of, read_identity
 
@@ -150,10 +150,12 @@ class Bank:
     def save_masks(self, folder: Path, shown: dict) -> None:
         from PIL import Image
 
-        folder.mkdir(parents=True, exist_ok=True)
-        for key, mask in self.masks.items():
-            stem = Path(str(shown[key].source)).stem.encode()[:200].decode(errors="ignore")  # names have 255 bytes
-            Image.fromarray(mask[0].numpy()).save(folder / f"{stem}-{key}.png")
+        with writing.unless_it_fails(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for key, mask in self.masks.items():
+                stem = Path(str(shown[key].source)).stem.encode()[:200].decode(errors="ignore")  # names have 255 bytes
+                with writing.aside(folder / f"{stem}-{key}.png") as staged:
+                    Image.fromarray(mask[0].numpy()).save(staged)
 
     # Filling
 

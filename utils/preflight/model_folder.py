@@ -59,19 +59,50 @@ def _incomplete(folder: Path, args: argparse.Namespace) -> str | None:
 def elsewhere(args: argparse.Namespace) -> list[str]:
     """Complaints about a VAE or tokenizer of its own. A name that is no folder here is left to the hub."""
     complaints = []
-    for option, part, marks in (
-        ("pretrained_vae_model_name_or_path", "vae", ("config.json",)),
-        ("tokenizer_name", "tokenizer", ("tokenizer.json", "vocab.json")),
+    for option, part, marks, misfit in (
+        ("pretrained_vae_model_name_or_path", "vae", ("config.json",), _no_vae),
+        ("tokenizer_name", "tokenizer", ("tokenizer.json", "vocab.json"), _no_tokenizer),
     ):
-        name = getattr(args, option)
-        folder = Path(models.resolve(name)).expanduser() if name else None
-        if not name or any((folder / sub / mark).is_file() for sub in ("", part) for mark in marks):
+        name = getattr(args, option, None)
+        if not name:
             continue
-        if folder.exists():
+        folder = Path(models.resolve(name)).expanduser()
+        there = (folder / sub for sub in ("", part) if any((folder / sub / mark).is_file() for mark in marks))
+        if found := next(there, None):
+            if problem := misfit(found, args):
+                complaints.append(f"--{option} {name} {problem}")
+        elif folder.exists():
             complaints.append(f"--{option} {name} holds no {part} ({' or '.join(marks)}, there or in {part}/)")
         elif not remote.REPOSITORY.fullmatch(name) or name.startswith("."):
             complaints.append(f"--{option} {name} does not exist here, and is no hub name of the form owner/model")
     return complaints
+
+
+def _no_vae(folder: Path, args: argparse.Namespace) -> str | None:
+    """Why a folder with a config.json is not the VAE of a Stable Diffusion, or not a whole one."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = config.get("_class_name") or (config.get("architectures") or ["AutoencoderKL"])[0]
+    except (OSError, ValueError, AttributeError, TypeError, LookupError) as problem:
+        return f"has a config.json that cannot be read: {problem}"
+    if kind != "AutoencoderKL":
+        return f"is a {kind}; give an AutoencoderKL, the VAE of Stable Diffusion"
+    return _no_weights(folder, None, args.allow_pickle)
+
+
+def _no_tokenizer(folder: Path, args: argparse.Namespace) -> str | None:
+    """Why a folder with a vocabulary is not CLIP's tokenizer."""
+    try:
+        for name in ("tokenizer.json", "vocab.json"):
+            if (folder / name).is_file():
+                json.loads((folder / name).read_text(encoding="utf-8"))
+        file = folder / "tokenizer_config.json"
+        kind = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class") if file.is_file() else None
+    except (OSError, ValueError, AttributeError) as problem:
+        return f"has a file that cannot be read: {problem}"
+    if kind and not str(kind).startswith("CLIP"):
+        return f"is a {kind}; give a CLIPTokenizer, that of Stable Diffusion"
+    return None
 
 
 def judges(args: argparse.Namespace) -> list[str]:

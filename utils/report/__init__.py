@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-from utils import divergence, errors, scores, strict
+from utils import divergence, errors, scores, strict, writing
 from utils.report import curves, gallery
 
 MOST_STEPS = 20  # validations shown for each prompt: the first, the newest, and evenly between
@@ -51,7 +51,7 @@ class Report:
             return None
         target = self.folder / "report.html"
         try:
-            gallery.write_whole(target, self.build().encode())
+            writing.write(target, self.build())
         except OSError as problem:  # a full disk: the training is worth more than the page about it
             errors.warn(f"{target}: not written ({problem.strerror or problem}); training goes on")
             return None

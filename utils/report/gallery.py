@@ -9,11 +9,10 @@ import io
 import json
 import os
 import re
-import tempfile
 import textwrap
 from pathlib import Path
 
-from utils import saved
+from utils import writing
 
 SIDE = 240  # pixels of an embedded copy: about 1.6 times its size on the page
 MOST_PHOTOS = 12  # instance and class images shown, each
@@ -34,7 +33,7 @@ def png_bytes(image, settings: dict) -> bytes:
 
 
 def save_png(image, path: Path, settings: dict) -> None:
-    write_whole(Path(path), png_bytes(image, settings))
+    writing.write(path, png_bytes(image, settings))
 
 
 def save_beside(image, path: Path, settings: dict) -> Path:
@@ -43,7 +42,7 @@ def save_beside(image, path: Path, settings: dict) -> Path:
     while chosen.exists() and not (chosen.is_file() and chosen.read_bytes() == data):
         number += 1
         chosen = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    write_whole(chosen, data)
+    writing.write(chosen, data)
     return chosen
 
 
@@ -82,6 +81,11 @@ def sample_files(folder: Path, kind: str = "samples") -> dict[int, dict[tuple[in
 
 
 def preview(dataset, output_dir) -> None:
+    with writing.unless_it_fails(Path(output_dir) / PREVIEW):
+        _preview(dataset, output_dir)
+
+
+def _preview(dataset, output_dir) -> None:
     """Save the first records of a dataset as the network will see them, for the report.
 
     Records are a pure function of their position, so looking at them changes nothing. What a mask leaves out is red.
@@ -112,15 +116,21 @@ def preview(dataset, output_dir) -> None:
             masked = "mask" in record and bool((record["mask"] < 255).any())
             if masked:
                 picture = sheets.veiled(picture, Image.fromarray(record["mask"][0].numpy()))
-            picture.save(folder / name)
+            with writing.aside(folder / name) as staged:
+                picture.save(staged)
             listed.append({"file": name, "is_class": kind, "caption": record["captions"], "masked": masked})
         if not any(want.values()):
             break
     told = {"images": listed, "instance_count": counts[False], "class_count": counts[True]}
-    write_whole(folder / "preview.json", json.dumps(told, ensure_ascii=False, indent=1).encode())
+    writing.write(folder / "preview.json", json.dumps(told, ensure_ascii=False, indent=1))
 
 
 def contact_sheet(dataset, output_dir, count_tokens=None, limit: int = 0, photos=None) -> None:
+    with writing.unless_it_fails(Path(output_dir) / SHEET):
+        _contact_sheet(dataset, output_dir, count_tokens, limit, photos)
+
+
+def _contact_sheet(dataset, output_dir, count_tokens, limit: int, photos) -> None:
     """data_preview.png: the first photos with their crop, caption and tokens, to find mistakes before they are learned.
 
     What a mask leaves out is red. Main process only.
@@ -151,17 +161,4 @@ def contact_sheet(dataset, output_dir, count_tokens=None, limit: int = 0, photos
         return
     stream = io.BytesIO()
     sheets.contact(cells, notes, marked).save(stream, "PNG")
-    write_whole(Path(output_dir) / SHEET, stream.getvalue())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write beside the target, then rename: a reader sees the old file or the new one."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        saved.shared(name)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    writing.write(Path(output_dir) / SHEET, stream.getvalue())

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from utils import errors, launchers, randomness, results, weightwise
+from utils import errors, launchers, randomness, results, weightwise, writing
 from utils.arguments import length
 from utils.report import curves
 from utils.runtime import engines, failures, guard, memory, progress, signals, stand_ins, startup, trackers
@@ -115,6 +115,7 @@ class Run:
                 if owner := self.lock.take():
                     found["problem"] = f"{owner} is training in it. Choose another folder, or wait for its end."
                 else:
+                    writing.sweep(self.output_dir)
                     if results.complete(self.output_dir):
                         self.say(f"{self.output_dir}: completed the result that an earlier run was replacing")
                     found["seed"] = startup.settle_seed(seed, self.output_dir, self.resuming)

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-from utils import divergence, errors
+from utils import divergence, errors, writing
 from utils.report import curves
-from utils.runtime import startup
 
 MOST_SKIPS = 10  # in a row, with --on_nan skip
 MOST_SCALER_SKIPS = 40  # in a row: more halvings of the fp16 loss scale than it has room for
@@ -119,7 +118,7 @@ class Guard:
             guilty += [name for name, error in zip(names, facts.get("error") or []) if not math.isfinite(error)]
         if self.is_main:
             told = {"step": step, "loss": str(loss), "gradient_norm": str(norm), "micro_batches_by_process": by_rank}
-            startup.write_whole(self.output_dir / "nonfinite.json", json.dumps(told, indent=1, default=str))
+            writing.write(self.output_dir / "nonfinite.json", json.dumps(told, indent=1, default=str))
         return f"Examples: {', '.join(map(str, (guilty or every)[:8]))} (details in nonfinite.json)."
 
 

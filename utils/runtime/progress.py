@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from utils import errors
+from utils import errors, writing
 from utils.report import curves
-from utils.runtime import startup
 
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.json"
@@ -42,7 +41,7 @@ class Metrics:
             self.write(step, values)
 
     def _begin(self, text: str) -> None:
-        startup.write_whole(self.path, text)
+        writing.write(self.path, text)
         self.file = open(self.path, "a+", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed in close()
 
     def reopen(self) -> None:
@@ -160,7 +159,7 @@ def write_timings(folder: Path, session: dict, resumed: bool) -> None:
         except (OSError, ValueError, KeyError, TypeError):
             pass
     earlier = [entry for entry in earlier if entry.get("began") != session["began"]]
-    startup.write_whole(path, json.dumps({"sessions": [*earlier, session]}, indent=1))
+    writing.write(path, json.dumps({"sessions": [*earlier, session]}, indent=1))
 
 
 class Line:

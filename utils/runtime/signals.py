@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 
-from utils import errors
+from utils import errors, interrupts
 from utils.launchers import TRACES, launcher_words
 
 # Ctrl-C under a launcher arrives twice, from the terminal and from the launcher: so close together it is one wish.
@@ -34,6 +34,7 @@ class Stop:
         """Only the main thread may install handlers; elsewhere (a notebook's worker thread) the clock still works."""
         if threading.current_thread() is not threading.main_thread():
             return
+        interrupts.give_back()
         for name in NAMES:
             number = getattr(signal, name, None)
             if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):

@@ -20,9 +20,8 @@ from pathlib import Path
 
 import torch
 
-from utils import errors, launchers, saved, strict
+from utils import errors, launchers, saved, strict, writing
 from utils.checkpoints import manifests
-from utils.report import gallery
 from utils.runtime import engines, signals
 
 SETTINGS = "training_config.yaml"
@@ -288,7 +287,7 @@ def write_settings(folder: Path, config: dict) -> None:
     here = saved.folders_here(config)
     text = f"{saved.HERE}{', '.join(here)}\n" if here else f"{saved.HERE}none\n"
     text += yaml.safe_dump(redact(config), sort_keys=False, allow_unicode=True)
-    write_whole(Path(folder) / SETTINGS, text)
+    writing.write(Path(folder) / SETTINGS, text)
 
 
 def redact(config: dict) -> dict:
@@ -328,8 +327,3 @@ def for_trackers(config: dict) -> dict:
                 value = value.replace(home, "~")
         flat[str(name)] = value
     return flat
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A reader finds the old file or the new one, never half of one."""
-    gallery.write_whole(path, text.encode())
