@@ -28,7 +28,7 @@ import pytest  # noqa: E402
 WHOLE = (
     "scripts sdxl text_to_image pdm exactness faults stops any_folder inpainting tokens streams precomputed launching"
     " security infer concepts quantize merging formats adapter_kinds engines prior personalising two_processes"
-    " clusters sam scores posthoc dreambench samplers groups"
+    " clusters sam scores posthoc dreambench samplers groups attack"
 )
 
 

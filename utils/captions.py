@@ -19,6 +19,10 @@ COLUMNS = ("text", "caption", "prompt")  # the names in use for a caption, tried
 LARGEST = 2**20  # bytes; a longer NAME.txt is no caption
 NUL = "holds NUL characters, as UTF-16 text read as UTF-8 does; write it as UTF-8"
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # marks with which such text begins
+FORMS = (
+    "NFC",
+    "NFD",
+)  # spellings of accented letters in names of files: composed (Linux, Windows), taken apart (macOS)
 PLACEHOLDERS = {"{identifier}": "identifier", "{class}": "class_noun"}  # in captions and prompts => option
 
 
@@ -88,8 +92,7 @@ def _key(path: Path) -> str:
 
 def _beside(folder: Path, picture: Path, complaints: list[str]) -> str | tuple[str, ...] | None:
     """NAME.txt or NAME.caption; each of its lines is one caption of the picture."""
-    for suffix in (".txt", ".caption"):
-        path = picture.with_suffix(suffix)
+    for path in _names_beside(picture):
         if not os.path.isfile(path):  # Path's own raises where the name is longer than a file may have
             continue
         text = _text(folder, path, complaints)
@@ -98,6 +101,13 @@ def _beside(folder: Path, picture: Path, complaints: list[str]) -> str | tuple[s
             complaints.append(f"'{path}' is empty: write a caption into it, or delete it to use the prompt")
         return lines[0] if len(lines) == 1 else lines or None
     return None
+
+
+def _names_beside(picture: Path) -> Iterator[Path]:
+    """In the spelling of the picture, then in the others: é is one character or two, and copies change it."""
+    for suffix in (".txt", ".caption"):
+        path = picture.with_suffix(suffix)
+        yield from dict.fromkeys([path, *(path.with_name(unicodedata.normalize(form, path.name)) for form in FORMS)])
 
 
 def _text(folder: Path, path: Path, complaints: list[str], largest: int = LARGEST) -> str | None:
@@ -215,6 +225,8 @@ def _row(row, column: str | None) -> tuple[str, str | tuple[str, ...], str | Non
         )
     if any("\0" in text for text in texts):
         return name, "", f"its '{column}' {NUL}"
+    if problem := next(filter(None, map(strict.unwritable, texts)), None):
+        return name, "", f"its '{column}' {problem}"
     if any(len(text) > LARGEST for text in texts):
         return name, "", f"its '{column}' is longer than {LARGEST:,} characters: too long for a caption"
     texts = tuple(text.strip() for text in texts)

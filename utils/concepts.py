@@ -72,8 +72,8 @@ def _complaints(row: dict) -> list[str]:
             found.append(f"{key} is {json.dumps(value)}: it must be a whole number of at least 1")
         elif key not in COUNTS and not (isinstance(value, str) and value.strip()):
             found.append(f"{key} is {json.dumps(value)}: it must be a text that is not empty")
-        elif key not in COUNTS and "\0" in value:
-            found.append(f"{key} is {json.dumps(value)}: it holds NUL characters; remove them")
+        elif key not in COUNTS and (problem := strict.unwritable(value)):
+            found.append(f"{key} is {json.dumps(value)}: it {problem}")
     return found
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,10 @@ DIVERGED = 4  # loss or gradients stopped being numbers
 STOPPED_UNFINISHED = 75  # saved, not finished (EX_TEMPFAIL): run the same command again
 INTERRUPTED = 130  # saved after SIGINT
 TERMINATED = 143  # saved after SIGTERM
+
+# What a secret looks like, and where one is kept.
+SECRET_VALUES = re.compile(r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bwandb_v1_\w+")
+SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")
 
 MOST = 20  # complaints that are printed: a thousand photos may all be wrong in the same way
 
@@ -71,20 +76,30 @@ def readable(path: str | os.PathLike, most: int = 64 * 2**20) -> bytes:
         return file.read()
 
 
+def without_secrets(text: str) -> str:
+    text = SECRET_VALUES.sub("[secret]", text)
+    for name in SECRET_VARIABLES:
+        if len(secret := os.environ.get(name, "")) >= 8:
+            text = text.replace(secret, "[secret]")
+    return text
+
+
 def _first_here() -> bool:
     return os.environ.get("LOCAL_RANK", "0") in ("0", "-1")
 
 
 class Lasting:
     """A text stream whose reader may disappear (a closed terminal, `| head`, a full disk): what cannot be written is
-    dropped, because no message is worth a training run. `lost` holds the reason."""
+    dropped, because no message is worth a training run. `lost` holds the reason. Secrets are replaced: a token that was
+    typed in the wrong place stands in the message that says so."""
 
     def __init__(self, stream):
         self.stream, self.lost = stream, None
 
     def write(self, text: str) -> int:
         try:
-            return self.stream.write(text)
+            self.stream.write(without_secrets(text))
+            return len(text)
         except (OSError, ValueError) as problem:  # ValueError: the stream was closed
             return self._drop(problem) or len(text)
 
@@ -108,11 +123,27 @@ class Lasting:
 
 
 def outlast_readers() -> None:
-    """From here on output that cannot be written is dropped, in this process."""
+    """From here on output that cannot be written is dropped, in this process; letters that the terminal does not know
+    are written as numbers."""
+    _open_what_was_closed()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None and not isinstance(stream, Lasting):
+        if stream is None:
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
+        if not isinstance(stream, Lasting):
+            with contextlib.suppress(AttributeError, ValueError, OSError):  # a notebook's streams, closed ones
+                stream.reconfigure(errors="backslashreplace")
             setattr(sys, name, Lasting(stream))
+
+
+def _open_what_was_closed() -> None:
+    """Standard streams that the caller closed (`2>&-`, some services) become the null device. Otherwise the next file
+    that is opened gets their number, and messages that go to that number are written into the file."""
+    for handle in range(3):
+        try:
+            os.fstat(handle)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number, which is `handle`
 
 
 def lost_output() -> str | None:

@@ -442,7 +442,11 @@ def _versions() -> str:
 
 def _reason(problem: Exception, token: str | None) -> str:
     """The first line of an error, without any token in it."""
-    line = (str(problem).strip().splitlines() or [type(problem).__name__])[0].strip()
+    line = (str(problem).strip().splitlines() or [""])[0].strip().rstrip(".:") or type(problem).__name__
+    if getattr(getattr(problem, "response", None), "status_code", None) in (401, 403):
+        line = f"the token may not write there, make one with the role write ({line})"
+    elif isinstance(problem, json.JSONDecodeError | TypeError | KeyError):
+        line = f"the answer is not one of the hub, a proxy or a log-in page may be in between ({line})"
     line = line.replace(token, "hf_***") if token else line
     return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", line)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from utils import errors
 
-CODES = {"SIGINT": errors.INTERRUPTED, "SIGTERM": errors.TERMINATED, "SIGUSR1": errors.STOPPED_UNFINISHED}
+CODES = {"SIGINT": errors.INTERRUPTED, "SIGTERM": errors.TERMINATED}
+CODES |= dict.fromkeys(("SIGUSR1", "SIGUSR2", "SIGXCPU"), errors.STOPPED_UNFINISHED)
 ROOT = Path(__file__).resolve().parent.parent
 
 _messages: list[str] = []  # the innermost last
@@ -23,6 +24,8 @@ def from_the_start() -> None:
     tools is the program; in a notebook or a test nothing changes."""
     program = getattr(sys.modules.get("__main__"), "__file__", None)
     ours = sys.argv[:1] == ["-m"] or (program and Path(program).resolve().parent == ROOT)
+    if ours:
+        errors.outlast_readers()
     if ours and _install():
         _messages.append("stopped while starting")
 

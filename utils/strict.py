@@ -9,8 +9,11 @@ import json
 MOST_VALUES = 100_000  # that a YAML file may stand for, aliases written out
 
 
-def yaml(text: str):
-    """The content of a YAML document. Raises ValueError with a reason that finishes the sentence "FILE: ..."."""
+def yaml(text: str, as_written: bool = False):
+    """The content of a YAML document. Raises ValueError with a reason that finishes the sentence "FILE: ...".
+
+    as_written: options as the command line has them. YAML reads a bare `no` as false, 010 as 8 and 1:30 as 90; here
+    the values of the outer mapping and of lists in it are the text that stands there, and null."""
     import yaml as library
 
     try:
@@ -18,6 +21,9 @@ def yaml(text: str):
         if root is None:
             return None
         _check(library, root, {})
+        if as_written and isinstance(root, library.MappingNode):
+            for node in (node for pair in root.value for node in pair):
+                _keep_text(library, node)
         return library.SafeLoader("").construct_document(root)
     except library.YAMLError as problem:
         mark = getattr(problem, "problem_mark", None)
@@ -25,6 +31,25 @@ def yaml(text: str):
         raise ValueError(f"{reason}" + (f" in line {mark.line + 1}" if mark else "")) from problem
     except RecursionError as problem:
         raise ValueError("lists or mappings are nested too deeply") from problem
+
+
+def _keep_text(library, node) -> None:
+    if isinstance(node, library.ScalarNode) and node.tag.rpartition(":")[2] in ("bool", "int", "float", "timestamp"):
+        node.tag = "tag:yaml.org,2002:str"
+    for child in node.value if isinstance(node, library.SequenceNode) else ():
+        if isinstance(child, library.ScalarNode):
+            _keep_text(library, child)
+
+
+def unwritable(text: str) -> str | None:
+    """Why a text cannot be trained on, drawn with or written down; finishes the sentence "TEXT ..."."""
+    if "\0" in text:
+        return "holds NUL characters; remove them"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "holds characters that are not UTF-8; in a terminal without UTF-8, run `export PYTHONUTF8=1` first"
+    return None
 
 
 def _check(library, node, sizes: dict) -> int:

@@ -8,7 +8,7 @@ import math
 import time
 from collections import Counter
 
-from utils.runtime.startup import without_secrets
+from utils.errors import without_secrets
 
 OPTIONS = {  # kohya's word => our option
     "ss_learning_rate": "learning_rate",

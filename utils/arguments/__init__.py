@@ -6,6 +6,7 @@ library: --help and a typo answer at once.
 """
 
 import argparse
+import re
 
 from utils import buckets
 from utils.arguments.identity import identity
@@ -88,6 +89,7 @@ def new_parser(doc: str | None, other_names: dict[str, str] | None = None) -> ar
         allow_abbrev=False,
         exit_on_error=False,
     )
+    parser._negative_number_matcher = re.compile(r"-\d*\.?\d+(e[+-]?\d+)?$", re.I)  # argparse's own knows no -1e-4
     parser.other_names = other_names or {}
     add = group(parser, "Settings")
     add("config", folder, None, "YAML file of options; every run leaves one, training_config.yaml", metavar="FILE.yaml")

@@ -32,6 +32,7 @@ LARGEST = {
     "class_guidance_scale": (30, 1000, "3 to 8 is usual; images oversaturate"),
     "validation_guidance_scale": (30, 1000, "3 to 8 is usual; images oversaturate"),
     "guidance_scale": (30, 1000, "3 to 8 is usual; images oversaturate"),
+    "num_images": (10_000, 1_000_000, "4 is the default; so many images of each prompt"),
     "clip_skip": (4, 32, "1 is usual; CLIP's text encoders have 12 to 32 layers"),
     "seed": (2**62, 2**62, "the seeds of several images count up from it, and the last must have 63 bits"),
     "resolution": (2048, 16384, "512 to 1024 is usual; memory grows with the square"),

@@ -6,6 +6,7 @@ are taken over here: argparse only splits the command line, the same conversion 
 
 import argparse
 import difflib
+import errno
 import inspect
 import os
 import re
@@ -86,6 +87,11 @@ def _filled(written: str) -> str:
 def _path(written: str) -> str:
     """A folder, file or hub name that can be looked for: longer ones are an OSError of every function that looks."""
     path = os.path.expanduser(_filled(written))
+    try:
+        os.stat(path)
+    except OSError as problem:
+        if problem.errno == errno.ELOOP:
+            raise ValueError from None
     longest = max(map(len, os.fsencode(path).split(b"/")))
     if longest > 255 or len(os.fsencode(path)) > MOST_BYTES or "\0" in path:
         raise ValueError
@@ -108,7 +114,7 @@ colour = Kind("COLOUR", "white, black, grey or #rrggbb", _colour)
 text = Kind("TEXT", "something that is not empty", _filled, commas=True)
 prompt = Kind("PROMPT", "a text", str)  # an empty prompt is a prompt
 concepts_file = Kind("FILE.json", "a file", lambda written: os.path.expanduser(_filled(written)), rows=True)
-folder = Kind("PATH", f"a path, not empty, of names of up to 255 bytes, {MOST_BYTES:,} in all", _path)
+folder = Kind("PATH", f"a path without a loop of links, of names of 1 to 255 bytes, {MOST_BYTES:,} in all", _path)
 
 
 class Settings(argparse.Namespace):
@@ -121,6 +127,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     """Defaults < --config < command line, each checked and all compared; refuses once, naming everything."""
     outlast_readers()
     words = list(sys.argv[1:] if argv is None else argv)
+    if wrong := _about_surroundings():
+        refuse(wrong, once=True)
     complaints: list[str] = []
     actions = {action.dest: action for action in parser._actions if isinstance(action.type, Kind)}
     kinds = {name: action.type for name, action in actions.items()}
@@ -154,6 +162,21 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     for warning in found.warnings:
         warn(_as_typed(warning, actions.values(), words))
     return args
+
+
+def _about_surroundings() -> list[str]:
+    """What no option says, and no run could start with."""
+    complaints = []
+    if sys.flags.optimize > 1:
+        complaints.append("python -OO (PYTHONOPTIMIZE=2) removes texts that transformers reads; run without it")
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        if not re.fullmatch(r"-?\d*", given := os.environ.get(name, "")):
+            complaints.append(f"the environment variable {name} is '{given}': a number is needed; unset it")
+    try:
+        os.getcwd()
+    except OSError:
+        complaints.append("the folder that this command runs in was removed; cd to one that exists")
+    return complaints
 
 
 def _as_typed(message: str, actions, words: list[str]) -> str:
@@ -257,7 +280,7 @@ def _about_strangers(parser, words: list[str], strangers: list[str]) -> list[str
 def _config(path: str, actions: dict, kinds: dict[str, Kind], complaints: list[str]) -> dict[str, object]:
     """What a YAML file gives; null stands for the default, as in a file that a run wrote."""
     try:
-        content = strict.yaml(readable(path).decode("utf-8"))
+        content = strict.yaml(readable(path).decode("utf-8"), as_written=True)
     except (OSError, ValueError) as problem:  # no UTF-8 is a ValueError too
         complaints.append(f"--config {path}: {getattr(problem, 'strerror', None) or problem}")
         return {}
@@ -273,10 +296,18 @@ def _config(path: str, actions: dict, kinds: dict[str, Kind], complaints: list[s
             complaints.append(f"--config {path}: a token does not belong in a file; write hub_token: env:HF_TOKEN")
         elif isinstance(value, list) and not isinstance(actions[name], argparse._AppendAction) and not kinds[name].rows:
             complaints.append(f"--config {path}: {name} takes one value, not a list")
+        elif not kinds[name].rows and (strange := _no_text(value)):
+            complaints.append(f"--config {path}: {name} holds a {strange} where a text or number is needed")
         elif value is not None:
             takes_list = isinstance(actions[name], argparse._AppendAction)
             values[name] = [value] if takes_list and not isinstance(value, list) else value
     return values
+
+
+def _no_text(value) -> str | None:
+    """The type of what YAML can hold and the command line cannot: mappings, sets, bytes, lists in lists."""
+    values = value if isinstance(value, list) else [value]
+    return next((type(one).__name__ for one in values if not isinstance(one, str | bool | int | float | None)), None)
 
 
 def _convert(where: str, kind: Kind, value, complaints: list[str]):
@@ -287,6 +318,9 @@ def _convert(where: str, kind: Kind, value, complaints: list[str]):
         parts = [part for item in value for part in (str(item).split(",") if kind.commas else [item])]
         values = [_convert(where, kind, part, complaints) for part in parts]
         return None if None in values else values
+    if problem := strict.unwritable(str(value)):
+        complaints.append(f"{where} {problem}")
+        return None
     spellings = [str(value)]
     if isinstance(value, bool):  # YAML reads a bare no or on as a boolean, where a choice of that name was meant
         spellings += ["yes", "on"] if value else ["no", "off"]

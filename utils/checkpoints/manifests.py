@@ -45,7 +45,7 @@ def listed(folder: Path) -> list[tuple[int, Path]]:
 def named(folder: Path, which: str) -> Path:
     """A path is that path; only a bare name is looked for in the output folder first."""
     inside = folder / which
-    return inside if Path(which).name == which and inside.exists() else Path(which).expanduser()
+    return inside if Path(which).name == str(Path(which)) and inside.exists() else Path(which).expanduser()
 
 
 def read(folder: Path) -> dict:
@@ -56,16 +56,21 @@ def fault(folder: Path, verify: str) -> str | None:
     """What is wrong with a checkpoint; None if it is whole."""
     if not folder.is_dir():
         return "is not a folder"
+    if not (folder / MANIFEST).is_file():  # a pipe would be waited for
+        return f"{MANIFEST} is missing"
     try:
         manifest = read(folder)
         if manifest["format"] > FORMAT:
             return f"was written by a newer version (format {manifest['format']}, this one reads {FORMAT})"
         files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        int(manifest["step"]), dict(manifest["identity"])
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        step, _ = int(manifest["step"]), dict(manifest["identity"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} cannot be read"
+    if step < 0 or not files:
+        return f"{MANIFEST} names no {'file' if step >= 0 else 'step'}"
+    named = re.fullmatch(r"checkpoint-([0-9]+)", folder.name)
+    if named and int(named[1]) != step:  # the newest is chosen by its name
+        return f"holds step {step}: rename it to checkpoint-{step}"
     for name, (size, sha256) in files.items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:

@@ -241,7 +241,7 @@ def _goes_on(folder: Path, resume: str) -> bool:
 
 
 def _named(folder: Path, resume: str) -> Path:
-    return folder / resume if Path(resume).name == resume else Path(resume).expanduser()
+    return folder / resume if Path(resume).name == str(Path(resume)) else Path(resume).expanduser()
 
 
 def _is_result(entry: Path) -> bool:

@@ -99,7 +99,7 @@ def announce(run, problem: BaseException) -> str:
 
 def in_a_line(problem: BaseException) -> str:
     first = (str(problem).strip().splitlines() or [""])[0]
-    return startup.without_secrets(f"{type(problem).__name__}: {first}")
+    return errors.without_secrets(f"{type(problem).__name__}: {first}")
 
 
 def leave(run, problem: BaseException, first: str) -> None:

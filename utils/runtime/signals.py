@@ -17,7 +17,8 @@ from utils.launchers import TRACES, launcher_words
 # Ctrl-C under a launcher arrives twice, from the terminal and from the launcher: so close together it is one wish.
 SAME_WISH_SECONDS = 0.5
 SAME_WISH_SECONDS_LAUNCHED = 5.0  # torchrun on a busy machine takes its time to pass a signal on
-NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP")  # the middle three: schedulers, before a kill
+ONCE = ("SIGHUP", "SIGXCPU")  # comes again by itself: no second wish
 CODES = {"SIGINT": errors.INTERRUPTED, "SIGTERM": errors.TERMINATED, "SIGHUP": errors.TERMINATED}
 
 
@@ -63,7 +64,7 @@ class Stop:
         name, now = signal.Signals(number).name, time.monotonic()
         # A launcher that dies of the same Ctrl-C hangs up a little later: also no second wish.
         close = SAME_WISH_SECONDS_LAUNCHED if TRACES["torchrun"] in os.environ else SAME_WISH_SECONDS
-        repeated = self.since and now - self.since > close and name != "SIGHUP"
+        repeated = self.since and now - self.since > close and name not in ONCE
         if not repeated:
             if not self.since:
                 self.reason, self.since = name, now

@@ -28,8 +28,6 @@ SETTINGS = "training_config.yaml"
 LOCK = ".run.lock"
 # `token`, `hub_token`, but neither `tokenizer_name` nor `token_abstraction`.
 SECRET_NAMES = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|credentials?)$", re.IGNORECASE)
-SECRET_VALUES = re.compile(r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bwandb_v1_\w+")
-SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")
 
 
 def quiet() -> None:
@@ -48,7 +46,7 @@ def quiet() -> None:
 
 def _tell_without_secrets(kind, problem, trace) -> None:
     """A traceback goes into logs and bug reports, and an error of a client may quote what it sent."""
-    sys.stderr.write(without_secrets("".join(traceback.format_exception(kind, problem, trace))))
+    sys.stderr.write(errors.without_secrets("".join(traceback.format_exception(kind, problem, trace))))
     for note in getattr(problem, "last_words", ()):
         errors.warn(note, everywhere=True)
     launchers.last_words(errors.FAILED)
@@ -300,20 +298,12 @@ def redact(config: dict) -> dict:
     return kept
 
 
-def without_secrets(text: str) -> str:
-    text = SECRET_VALUES.sub("[secret]", text)
-    for name in SECRET_VARIABLES:
-        if len(secret := os.environ.get(name, "")) >= 8:
-            text = text.replace(secret, "[secret]")
-    return text
-
-
 def _plain(value):
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
         return redact(value)
-    return value if value is None or isinstance(value, bool | int | float) else without_secrets(str(value))
+    return value if value is None or isinstance(value, bool | int | float) else errors.without_secrets(str(value))
 
 
 def for_trackers(config: dict) -> dict:

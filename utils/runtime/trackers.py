@@ -69,4 +69,4 @@ class Trackers:
         except Exception as problem:
             if tracker in self.active:
                 self.active.remove(tracker)
-            errors.warn(f"--report_to {name}: {startup.without_secrets(str(problem))}; training goes on without it.")
+            errors.warn(f"--report_to {name}: {errors.without_secrets(str(problem))}; training goes on without it.")
