@@ -77,6 +77,12 @@ def test_a_terminal_without_accents_does_not_swallow_the_rest():
     assert done.stdout.split() == [b"h\\xe9", b"done"]
 
 
+def test_names_of_files_do_not_command_the_terminal():
+    hostile = "bad\x1b]0;title\x07\x1b[2J.png"
+    code = f"from utils import errors; errors.outlast_readers(); print({hostile!r}); print('\\x1b[31mred\\x1b[K\\r')"
+    assert started(code).stdout == b"bad\\x1b]0;title\\x07\\x1b[2J.png\n\x1b[31mred\x1b[K\r\n"
+
+
 # Secrets.
 
 
@@ -265,6 +271,23 @@ def test_a_checkpoint_may_be_named_with_a_slash_behind_it(checkpoint):
 
     assert manifests.named(checkpoint.parent, "checkpoint-2/") == checkpoint
     assert preflight._named(checkpoint.parent, "checkpoint-2/") == checkpoint
+
+
+# The output folder.
+
+
+def test_metrics_that_are_taken_away_during_a_run_are_written_again(tmp_path):
+    from utils.runtime import progress
+
+    metrics = progress.Metrics(tmp_path)
+    metrics.open(0)
+    for step in (1, 2, 3):
+        metrics.write(step, {"loss": 0.5})
+        if step == 2:
+            metrics.path.unlink()
+            metrics.restore()
+    metrics.close()
+    assert [json.loads(line)["step"] for line in metrics.path.read_text().splitlines()] == [1, 2, 3]
 
 
 # The hub.

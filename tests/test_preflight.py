@@ -32,6 +32,7 @@ def parse(tmp_path, sd1, photos):
     def parsed(*words, model=sd1, folder=photos, lora=True):
         needed = [f"--pretrained_model_name_or_path={model}", f"--instance_data_dir={folder}"]
         needed += ["--instance_prompt=a photo of sks dog", f"--output_dir={tmp_path / 'out'}", "--resolution=64"]
+        needed = [one for one in needed if one.split("=")[0] not in words]
         return test_arguments.parse(*words, needed=needed, lora=lora)
 
     return parsed

@@ -23,6 +23,9 @@ TERMINATED = 143  # saved after SIGTERM
 SECRET_VALUES = re.compile(r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bwandb_v1_\w+")
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")
 
+# Colours, cursor and lines of progress bars pass; titles, clipboards and the like in somebody's file name do not.
+CONTROLS = re.compile(r"\x1b(?!\[[0-9;]*[A-HKm])|[\x00-\x07\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
+
 MOST = 20  # complaints that are printed: a thousand photos may all be wrong in the same way
 
 
@@ -91,14 +94,15 @@ def _first_here() -> bool:
 class Lasting:
     """A text stream whose reader may disappear (a closed terminal, `| head`, a full disk): what cannot be written is
     dropped, because no message is worth a training run. `lost` holds the reason. Secrets are replaced: a token that was
-    typed in the wrong place stands in the message that says so."""
+    typed in the wrong place stands in the message that says so. So are controls of the terminal: names of files may
+    come from strangers."""
 
     def __init__(self, stream):
         self.stream, self.lost = stream, None
 
     def write(self, text: str) -> int:
         try:
-            self.stream.write(without_secrets(text))
+            self.stream.write(CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", without_secrets(text)))
             return len(text)
         except (OSError, ValueError) as problem:  # ValueError: the stream was closed
             return self._drop(problem) or len(text)

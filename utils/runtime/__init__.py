@@ -241,7 +241,10 @@ class Run:
     def keep_folder(self) -> None:
         """The output folder may be renamed or removed while the run goes on: then it is made anew, with what this
         process still knows."""
-        if not self.is_main or self.lock is None or self.lock.holds():
+        if not self.is_main or self.lock is None:
+            return
+        if self.lock.holds():
+            self.metrics.restore()
             return
         self.lock.release()
         self.output_dir.mkdir(parents=True, exist_ok=True)

@@ -52,6 +52,11 @@ class Metrics:
             self.close()
             self._begin(text)
 
+    def restore(self) -> None:
+        """Where the file was renamed or removed."""
+        if self.file and not self.path.exists():
+            self.reopen()
+
     def write(self, step: int, values: dict) -> None:
         if not self.file:
             self.early.append((step, values))
