@@ -19,7 +19,6 @@ MAKERS = {
     "lokr": lambda family, **more: adapters.attach(family, adapter="lokr", **more),
     "lora plus": lambda family, **more: adapters.attach(family, loraplus_lr_ratio=16, **more),
     "dora plus": lambda family, **more: adapters.attach(family, dora=True, loraplus_lr_ratio=16, **more),
-    "pissa": lambda family, **more: adapters.attach(family, init_lora_weights="pissa", **more),
 }
 
 
@@ -37,7 +36,7 @@ def test_rate_and_decay_follow_the_network_that_owns_the_weight(kind, model, req
                 continue
             rate, decay = (1e-4, 0.01) if name == "unet" else (1e-5, 0.001)
             rate *= 16 if "plus" in kind and "lora_B" in key else 1
-            decay = 0 if "magnitude" in key or kind == "pissa" else decay
+            decay = 0 if "magnitude" in key else decay
             assert found[id(weight)] == (pytest.approx(rate), decay), (name, key)
             count += 1
     assert count == len(found) == sum(len(group["params"]) for group in groups) == len(learns.named())

@@ -185,8 +185,7 @@ def snapshots(folder):
         ("train_text_to_image_lora", "--adapter loha --rank 2"),
         (
             "train_dreambooth_lora",
-            "--train_text_encoder_ti --token_abstraction sks --num_new_tokens_per_abstraction 1"
-            " --init_lora_weights pissa",
+            "--train_text_encoder_ti --token_abstraction sks --num_new_tokens_per_abstraction 1",
         ),
     ],
 )

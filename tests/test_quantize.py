@@ -84,7 +84,7 @@ def test_a_script_trains_and_resumes_on_it(sdxl, photos, tmp_path, kind):
     assert len(losses(packed)) == 2
 
 
-@pytest.mark.parametrize("words", ["--use_dora", "--adapter loha", "--init_lora_weights pissa", "--compile"])
+@pytest.mark.parametrize("words", ["--use_dora", "--adapter loha", "--compile"])
 def test_what_needs_whole_weights_is_refused(words, capsys):
     from test_adapter_kinds import parsed
 

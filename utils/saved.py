@@ -332,8 +332,8 @@ def with_averages(file: Path, averages: dict, target: Path) -> Path:
     whole = load_file(file)
     names = {own_key(key): key for key in whole}  # averages have one naming, whatever the file's is
     for key, average in averages.items():
-        # The file holds more than what learns: alphas, and beside some weights the start that is taken away. And
-        # tokens that were learned beside the adapters have a file of their own.
+        # The file holds more than what learns: alphas, and in PiSSA and OLoRA files of earlier versions as many frozen
+        # ranks after the learned ones. And tokens that were learned beside the adapters have a file of their own.
         if key := names.get(key):
             whole[key][tuple(slice(size) for size in average.shape)] = average
     told = header(file).get("__metadata__") or {}

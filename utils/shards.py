@@ -1,4 +1,4 @@
-"""Shards of a large data set: parquet, tar and MDS files whose rows are read one after the other, in bounded memory.
+"""Shards of a large data set: parquet and tar files whose rows are read one after the other, in bounded memory.
 
 Tar files (WebDataset) are read by explicit decoders: pictures, plain text, JSON; anything else stays unread, so nothing
 is ever unpickled. The preflight looks here too: nothing heavy is imported before a file is opened.
@@ -9,13 +9,14 @@ import itertools
 import json
 import os
 import posixpath
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import captions, errors, images, mds
+from utils import captions, errors, images
 
 LARGEST = 2**28  # bytes of a picture's file; a larger one is no photo, and would fill the memory
 ROWS = 32  # taken out of a parquet file at once
@@ -23,7 +24,7 @@ ROWS = 32  # taken out of a parquet file at once
 
 @dataclass(frozen=True)
 class Piece:
-    """What is read from front to back: a row group, or a whole tar or MDS file (group None)."""
+    """What is read from front to back: a row group, or a whole tar file (group None)."""
 
     file: str
     group: int | None
@@ -51,7 +52,7 @@ class Row:
 
 def local(folder: str | os.PathLike) -> list[str]:
     """Every shard under a folder, sorted."""
-    shards = [path for path in _files(folder) if path.endswith((".parquet", ".tar", ".mds"))]
+    shards = [path for path in _files(folder) if path.endswith((".parquet", ".tar"))]
     return sorted(shards, key=lambda path: Path(path).relative_to(folder).as_posix())
 
 
@@ -65,14 +66,21 @@ def complaint(folder: str) -> str | None:
     """Why a folder cannot be streamed, from its names alone."""
     if not os.path.isdir(folder):
         return f"'{folder}' is not a folder (looked in {os.getcwd()})"
-    indexes = [path for path in _files(folder) if os.path.basename(path) == "index.json"]
-    if missing := next(filter(None, map(mds.complaint, indexes)), None):
-        return missing
+    if unread := mosaicml(folder):
+        return f"'{folder}' {unread}"
     if local(folder):
         return None
     if images.list_images(folder):
         return f"'{folder}' holds pictures and no shards; leave --streaming out, or pack them into shards"
-    return f"'{folder}' holds no *.parquet, *.tar or *.mds"
+    return f"'{folder}' holds no *.parquet or *.tar"
+
+
+def mosaicml(folder: str | os.PathLike) -> str | None:
+    """Why a folder with MosaicML's shards, compressed ones included, is refused."""
+    mds = re.compile(r".*\.mds(\.(br|bz2|gz|snappy|zstd))?")
+    named = next(filter(mds.fullmatch, map(os.path.basename, _files(folder))), None)
+    remedy = "convert them to tar or parquet, reading them with MosaicML's package mosaicml-streaming"
+    return named and f"holds MosaicML shards ({named}), which are not read: {remedy}"
 
 
 def of_hub(name: str, config: str | None, split: str, cache_dir: str | None) -> list[str]:
@@ -160,15 +168,14 @@ class Shards(Sequence):
         try:
             with _opened(file) as opened:
                 return self._kind(file)[0](file, opened, damage), next(iter(damage), None)
-        except ValueError as problem:  # pyarrow's about the content are among them
+        except ValueError as problem:  # pyarrow's about the content
             return [], f"cannot be read: {problem}"
         except Exception as problem:  # of the file system or the network: no reason to train on less
             return errors.refuse(f"--streaming: '{file}' cannot be read: {problem}", errors.DATA)
 
     def _kind(self, file: str) -> tuple[Callable, Callable]:
         """How its pieces are found, and how one is read."""
-        kinds = {".tar": (self._whole_tar, self._tar), ".mds": (self._whole_mds, self._mds)}
-        return kinds.get(posixpath.splitext(file)[1], (self._row_groups, self._parquet))
+        return (self._whole_tar, self._tar) if file.endswith(".tar") else (self._row_groups, self._parquet)
 
     def _check(self, file: str, names: Sequence[str]) -> None:
         for option, column in (("--image_column", self.image_column), ("--caption_column", self._texts)):
@@ -204,28 +211,6 @@ class Shards(Sequence):
                     for row in range(max(0, start - done), batch.num_rows):
                         yield _row(piece, piece.first + done + row, pictures[row], texts[row])
                 done += batch.num_rows
-
-    # MDS
-
-    def _whole_mds(self, file: str, opened, damage: list) -> list[Piece]:
-        header = mds.header(opened)
-        self._check(file, list(header.encodings))
-        wanted = (("--image_column", self.image_column, mds.PICTURES), ("--caption_column", self._texts, mds.TEXTS))
-        for option, column, known in wanted:
-            if header.encodings[column] not in known:
-                found = f"'{file}' holds it as {header.encodings[column]}"
-                errors.refuse(f"{option} {column}: {found}; {', '.join(known)} are read")
-        return [Piece(file, None, 0, header.rows)]
-
-    def _mds(self, piece: Piece, start: int) -> Iterator[Row]:
-        with _opened(piece.file) as opened:
-            header = mds.header(opened)
-            read = json.loads if header.encodings[self._texts] == "json" else str
-            for row in range(start, header.rows):
-                places = mds.places(opened, header, row)
-                data = _member(opened, places[self.image_column], LARGEST)
-                text = _text(_member(opened, places[self._texts], captions.LARGEST), read)
-                yield _row(piece, row, mds.picture(header.encodings[self.image_column], data), text)
 
     # Tar
 

@@ -11,14 +11,13 @@ import json
 import math
 import re
 import shlex
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-from utils import errors, learning, quantize, randomness, saved, sharded, tokens
+from utils import errors, learning, quantize, randomness, saved, tokens
 from utils import targets as names
 from utils.adapters import files, metadata, starts  # noqa: F401 - scripts call adapters.metadata
 from utils.adapters.files import METADATA
@@ -27,7 +26,6 @@ from utils.arguments.relations import DORA_EXPORT
 FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = saved.KOHYA_FILE
 ADAPTER = "default"  # the name peft keeps our adapter under inside each layer
-START = "start"  # that of the part of the base which learns in ADAPTER, and so is taken away here
 
 
 def attach(
@@ -40,7 +38,7 @@ def attach(
     text_encoder: bool = False,
     seed: int = 0,
     adapter: str = "lora",  # or loha, lokr
-    init_lora_weights: str = "gaussian",  # or kaiming, orthogonal, pissa, olora: what LoRA starts from
+    init_lora_weights: str = "gaussian",  # or kaiming, orthogonal: what LoRA starts from
     use_rslora: bool = False,  # scale alpha / sqrt(rank): large ranks learn as fast as small ones
     lora_conv_rank: int | None = None,  # convolutions of the UNet too, at this rank and the same strength
     lora_unet_blocks: Sequence[str] | None = None,  # parts of the UNet; None: all of it
@@ -84,8 +82,6 @@ def attach(
             "alpha_pattern": {end: alpha_of(lora_conv_rank) for end in odd},
         }
         module.add_adapter(peft_config(configs[name], adapter, lokr_factor), ADAPTER)
-        if init_lora_weights in starts.PRINCIPAL:
-            add_start(module, configs[name])
         module.train()  # for the dropout
         for weight in module.parameters():
             if weight.requires_grad:
@@ -124,24 +120,6 @@ def peft_config(config: dict, kind: str = "lora", lokr_factor: int | None = None
     if kind == "loha":
         return LoHaConfig(alpha=config["lora_alpha"], **shared)
     return LoKrConfig(alpha=config["lora_alpha"], decompose_factor=lokr_factor or -1, **shared)
-
-
-def add_start(module: torch.nn.Module, config: dict) -> None:
-    """A second, frozen adapter that will hold what PiSSA or OLoRA learns from, with the opposite sign.
-
-    peft would change the base's weights instead: rounded in half precision, wrong for whoever loads the true base.
-    """
-    negative = {layer: -alpha for layer, alpha in config["alpha_pattern"].items()}
-    config = config | {"lora_alpha": -config["lora_alpha"], "alpha_pattern": negative}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there are several
-        module.add_adapter(peft_config(config), START)
-    for layer in module.modules():
-        if START in getattr(layer, "lora_A", ()):
-            layer.set_adapter([ADAPTER, START])
-            for half in (layer.lora_A, layer.lora_B):
-                half[START].weight.data = half[START].weight.data.float()
-                half[START].requires_grad_(False)
 
 
 def forget_alpha_of_whole_factors(module: torch.nn.Module) -> None:
@@ -211,10 +189,8 @@ class Adapters:
         return list(self.named().values())
 
     def groups(self, learning_rate, text_encoder_lr=None, weight_decay=0.01, text_encoder_weight_decay=None) -> list:
-        """Two kinds of weights do not decay, because zero is not where they start: DoRA's magnitudes, and the factors
-        of a start that is taken away. Decay would move the model although no gradient asks for it."""
-        if self._started():
-            weight_decay = text_encoder_weight_decay = 0.0
+        """DoRA's magnitudes do not decay, because zero is not where they start: decay would move the model although no
+        gradient asks for it."""
         owned = {name: list(self._learning(name).values()) for name in self.modules}
         rates = (learning_rate, text_encoder_lr, weight_decay, text_encoder_weight_decay)
         made, ratio = learning.groups(owned, *rates), self.told.get("loraplus_lr_ratio")
@@ -262,8 +238,7 @@ class Adapters:
 
     @torch.no_grad()
     def initialise(self, seed: int, start: str = "gaussian") -> None:
-        """So that the first step starts from exactly the base model: one factor of each product is zero, or what is
-        there from the start (`starts.PRINCIPAL`) is taken away again by a second adapter.
+        """So that the first step starts from exactly the base model: each product of factors is zero.
 
         Drawn weight by weight from the seed and the weight's name, so all ranks and any later layer order agree.
         """
@@ -276,36 +251,17 @@ class Adapters:
                 up = named[key.replace(".down.", ".up.")]
                 for half, value in zip((weight, up), starts.orthogonal(weight.shape, up.shape, generator)):
                     half.copy_(value)
-            elif key.endswith(".down.weight") and start not in starts.PRINCIPAL:
+            elif key.endswith(".down.weight"):
                 weight.copy_((starts.kaiming if start == "kaiming" else starts.gaussian)(weight.shape, generator))
             elif key.endswith(".up.weight") and start != "orthogonal":
                 weight.zero_()
-        for layer, halves, _ in self._started():
-            shapes = [half[ADAPTER].weight.shape for half in halves]
-            found = starts.principal(layer.base_layer.weight, *shapes, layer.scaling[ADAPTER], start)
-            for half, value in zip(halves, found):
-                half[ADAPTER].weight.copy_(value)
-                half[START].weight.copy_(value)
-
-    def _started(self) -> list[tuple]:
-        """(layer, its two halves, their names in the file) wherever a second adapter takes the start away."""
-        return [
-            (layer, (layer.lora_A, layer.lora_B), [file_key(name, f"{key}.lora_{h}.{ADAPTER}.weight") for h in "AB"])
-            for name, module in self.modules.items()
-            for key, layer in module.named_modules()
-            if START in getattr(layer, "lora_A", ())
-        ]
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """What the file holds. Where a start is taken away, both adapters stand in one of twice the rank, so that the
-        file is the difference from the base as it is published: (alpha / r) (B A - B' A')."""
+        """What the file holds: beside LoHa and LoKr their alphas too."""
         weights = dict(self.named())
         if self.kind != "lora":
             weights |= self._alphas()
             return {files.sgm_key(key): weight for key, weight in weights.items()} if self.sgm else weights
-        for _, (downs, ups), (down, up) in self._started():
-            weights[down] = torch.cat([weights[down], downs[START].weight], dim=0)
-            weights[up] = torch.cat([weights[up], -ups[START].weight], dim=1)
         return weights
 
     def _alphas(self) -> dict[str, torch.Tensor]:
@@ -319,14 +275,7 @@ class Adapters:
 
     def header(self, title: str) -> dict[str, str]:
         """Rank, alpha, targets and base model, for diffusers and, in their own words, for other programs."""
-        times = 2 if self._started() else 1
-        scaled = {
-            name: config
-            | {"r": times * config["r"], "lora_alpha": times * config["lora_alpha"]}
-            | {k: {end: times * n for end, n in config[k].items()} for k in ("rank_pattern", "alpha_pattern")}
-            for name, config in self.configs.items()
-        }
-        unet = scaled["unet"]
+        unet = self.configs["unet"]
         module = "networks.lora" if self.kind == "lora" and not unet["use_dora"] else "lycoris.kohya"
         header = {
             "format": "pt",
@@ -340,7 +289,7 @@ class Adapters:
         if module == "lycoris.kohya":
             header["ss_network_args"] = json.dumps({"algo": "lora" if self.kind == "lora" else self.kind})
         if self.kind == "lora":
-            config = {f"{name}.{key}": value for name, config in scaled.items() for key, value in config.items()}
+            config = {f"{name}.{key}": value for name, config in self.configs.items() for key, value in config.items()}
             header[METADATA] = json.dumps(config, indent=2, sort_keys=True)
         if not Path(self.base, "model_index.json").expanduser().is_file():
             # A local folder is not named: weights are published, home folders not.
@@ -379,18 +328,7 @@ class Adapters:
             # Those of SDXL once had diffusers' names in files too.
             current = self.sgm and any(map(files.is_sgm_key, saved.header(file)))
             return learning.copy_from(file, {files.sgm_key(k): w for k, w in weights.items()} if current else weights)
-        if not self._started():
-            return learning.copy_from(file, self.named())
-        stored = {key: torch.empty(weight.shape) for key, weight in self.named().items()}
-        for _, _, (down, up) in self._started():
-            stored[down], stored[up] = torch.cat([stored[down]] * 2, dim=0), torch.cat([stored[up]] * 2, dim=1)
-        learning.copy_from(file, stored)
-        with torch.no_grad():
-            for _, halves, keys in self._started():
-                for half, key, dim, sign in zip(halves, keys, (0, 1), (1, -1)):
-                    for name, value in zip((ADAPTER, START), stored[key].chunk(2, dim)):
-                        value = value if name == ADAPTER else sign * value
-                        half[name].weight.copy_(sharded.part(value.contiguous(), half[name].weight))
+        learning.copy_from(file, self.named())
 
 
 def write_kohya(folder: str | Path, dtype: str = "fp32", sgm: bool | None = None) -> None:

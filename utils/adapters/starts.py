@@ -4,8 +4,6 @@ import math
 
 import torch
 
-PRINCIPAL = ("pissa", "olora")
-
 
 def gaussian(shape, generator: torch.Generator) -> torch.Tensor:
     """Std 1 / rank, as the reference scripts have it."""
@@ -26,22 +24,6 @@ def orthogonal(down_shape, up_shape, generator: torch.Generator) -> tuple[torch.
     down = basis[0::2].T @ torch.randn(rank // 2, inputs, generator=generator) / 10
     up = torch.randn(outputs, rank // 2, generator=generator) @ basis[1::2] / 10
     return down.view(down_shape), up.view(up_shape)
-
-
-def principal(weight: torch.Tensor, down_shape, up_shape, strength: float, method: str) -> tuple:
-    """The part of a weight that is to learn. PiSSA, https://arxiv.org/abs/2404.02948: its largest singular values,
-    equation 2; OLoRA, https://arxiv.org/abs/2406.01775: the first directions of its QR decomposition."""
-    rank, flat = down_shape[0], weight.detach().float().flatten(1)  # (out, in)
-    if method == "pissa":
-        left, values, right = torch.linalg.svd(flat, full_matrices=False)
-        root = (values[:rank] / strength).sqrt()
-        up, down = left[:, :rank] * root, root[:, None] * right[:rank]
-    else:
-        basis, rest = torch.linalg.qr(flat)
-        up, down = basis[:, :rank] / strength, rest[:rank]
-    short = rank - len(down)  # a layer with fewer inputs or outputs than the rank
-    up, down = torch.nn.functional.pad(up, (0, short)), torch.nn.functional.pad(down, (0, 0, 0, short))
-    return down.reshape(down_shape).contiguous(), up.reshape(up_shape).contiguous()
 
 
 def lycoris(part: str, shape, generator: torch.Generator) -> torch.Tensor:

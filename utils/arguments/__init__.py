@@ -9,7 +9,7 @@ import argparse
 import re
 
 from utils import buckets
-from utils.arguments.identity import identity
+from utils.arguments.identity import REMOVED_STARTS, identity
 from utils.arguments.settings import (
     Kind,
     caller,
@@ -33,7 +33,7 @@ __all__ = ["caller", "defaults", "identity", "new_parser", "parse", "public", "s
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "sgd", "lion", "paged_adamw8bit")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact")
-STARTS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora")
+STARTS = ("gaussian", "kaiming", "orthogonal")
 SCORES = ("clip", "dino", "lpips", "judge")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio")
 
@@ -139,7 +139,7 @@ def add_dreambooth_data(parser: argparse.ArgumentParser) -> None:
 def add_captioned_data(parser: argparse.ArgumentParser) -> None:
     add = group(parser, "Captioned pictures")
     _add_captioned(add)
-    help = "read rows of parquet, tar or MDS shards when training comes to them, in bounded memory; a folder or the hub"
+    help = "read rows of parquet or tar shards when training comes to them, in bounded memory; a folder or the hub"
     add("streaming", flag, False, help)
     add("shuffle_buffer", whole(1), 1000, "rows of a stream that are mixed, and kept in memory")
     add("max_train_samples", whole(1), None, "train on so many pictures, drawn by the seed", unset="all")
@@ -284,8 +284,8 @@ def add_lora(parser: argparse.ArgumentParser, rank: int = 4) -> None:
     add("use_dora", flag, False, "DoRA: learn magnitude and direction apart (https://arxiv.org/abs/2402.09353)")
     add("use_rslora", flag, False, "strength alpha / sqrt(rank), for large ranks (https://arxiv.org/abs/2312.03732)")
     add("lokr_factor", whole(2), None, "LoKr: size of the smaller factor", unset="near the square root")
-    help = "what LoRA starts from; pissa and olora from the base's largest part, which they train instead of beside it"
-    add("init_lora_weights", choice(*STARTS), "gaussian", help)
+    removed = tuple((name, "gaussian") for name in REMOVED_STARTS)
+    add("init_lora_weights", choice(*STARTS, removed=removed), "gaussian", "initial values of LoRA's matrices")
     help = "LoRA+: how much faster B learns than A (https://arxiv.org/abs/2402.12354); 16 is usual"
     add("loraplus_lr_ratio", number(1), None, help)
     help = "layers that get adapters, by the end of their names"

@@ -65,6 +65,8 @@ COMPARED = {
     "use_inst_loss": True,
 }
 
+REMOVED_STARTS = ("pissa", "olora")  # --init_lora_weights of earlier versions; checkpoints tell it as "start"
+
 # May change between two sessions, and the rest of the course is another one: a resume says so.
 COURSE = ("learning_rate", "text_encoder_lr", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles")
 COURSE += ("lr_power", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "repeats")
@@ -88,6 +90,16 @@ def differing(earlier: Mapping, now: Mapping, allowed: str | Iterable[str] | Non
     return [row for row in rows if row not in may], may
 
 
+def removed(folder: Path, earlier: Mapping) -> str | None:
+    """Why a checkpoint cannot be resumed with any options: it was made with something that was removed."""
+    if earlier.get("start") not in REMOVED_STARTS:
+        return None
+    return (
+        f"{folder} cannot be resumed: it was made with --init_lora_weights {earlier['start']}, which was removed;"
+        " its LoRA file still loads, and to train further start a new run in another --output_dir"
+    )
+
+
 def another_run(folder: Path, rows: list) -> str:
     width = max(len(name) for name, _, _ in rows)
     table = "".join(f"\n  {name:<{width}}  checkpoint: {old}  now: {new}" for name, old, new in rows)
@@ -106,6 +118,8 @@ def mistaken(args: argparse.Namespace, checkpoint: Path) -> str | None:
         earlier = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["identity"]
     except (OSError, ValueError, KeyError, TypeError):
         return None  # told when it is read as a whole
+    if complaint := removed(checkpoint, earlier):
+        return complaint
     now = identity(args) | {"base_model": args.pretrained_model_name_or_path, "optimizer": args.optimizer}
     world = max(1, int(os.environ.get("WORLD_SIZE") or 1))
     now["examples_per_step"] = [args.train_batch_size, args.gradient_accumulation_steps, world]

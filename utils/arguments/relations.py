@@ -99,7 +99,7 @@ def check(args: argparse.Namespace, given: dict, defaults: dict, misread: set[st
     _streaming(args, has, given, found)
     _text_encoder(has, found)
     _pivotal(args, has, given, found)
-    _adapters(args, has, given, found)
+    _adapters(args, has, found)
     _optimizer(args, has, given, defaults, found)
     _weightwise(has, found)
     _averages(has, given, defaults, found)
@@ -304,22 +304,12 @@ def _pivotal(args, has, given: dict, found: Findings) -> None:
         )
 
 
-def _adapters(args, has, given: dict, found: Findings) -> None:
+def _adapters(args, has, found: Findings) -> None:
     kind, start = has("adapter"), has("init_lora_weights")
     if kind in ("loha", "lokr"):
         for name, unset in LORA_ONLY.items():
             if has(name) not in (unset, None, False):
                 found.complaints.append(f"--{name} with --adapter {kind}: it is made for LoRA; leave one of them out")
-    if start in ("pissa", "olora"):
-        for name in ("adam_weight_decay", "adam_weight_decay_text_encoder"):
-            if given.get(name):
-                found.warnings.append(f"--{name} has no effect with --init_lora_weights {start}, which has no decay")
-        for name, why in (
-            ("use_dora", "DoRA's lengths belong to one adapter, and these starts need two"),
-            ("lora_dropout", "it would drop parts of the base itself"),
-        ):
-            if has(name):
-                found.complaints.append(f"--init_lora_weights {start} with --{name}: {why}; leave one of them out")
     if has("quantize_base"):
         for name, given in (("use_dora", has("use_dora")), ("adapter", kind != "lora"), ("compile", has("compile"))):
             if given:
@@ -327,10 +317,6 @@ def _adapters(args, has, given: dict, found: Findings) -> None:
                     f"--quantize_base {args.quantize_base} with --{name}: only plain LoRA layers go beside packed"
                     " weights; leave one of them out"
                 )
-        if start in ("pissa", "olora"):
-            found.complaints.append(
-                f"--quantize_base with --init_lora_weights {start}, which takes whole weights apart; leave one out"
-            )
     if start == "orthogonal" and any(rank and rank % 2 for rank in (has("rank"), has("lora_conv_rank"))):
         found.complaints.append("--init_lora_weights orthogonal needs even ranks: A and B take half each")
     if has("loraplus_lr_ratio") and has("optimizer") == "prodigy":

@@ -49,6 +49,7 @@ class Kind:
     convert: Callable[[str], object]
     commas: bool = False  # in a list, "a,b" is two values
     rows: bool = False  # a YAML file may hold a list in its place, which is handed on as it is
+    removed: tuple[tuple[str, str], ...] = ()  # (value of earlier versions, what to use instead)
 
     def __call__(self, written: str) -> object:
         return self.convert(written)
@@ -64,11 +65,11 @@ def number(minimum: float | None = None, above: float | None = None, below: floa
     return Kind("X", f"a number {needs}".strip(), lambda written: _within(float(written), minimum, above, below))
 
 
-def choice(*names: str) -> Kind:
+def choice(*names: str, removed: tuple[tuple[str, str], ...] = ()) -> Kind:
     def convert(written: str) -> str:
         return {name.lower(): name for name in names}[written.strip().lower()]
 
-    return Kind("{" + ",".join(names) + "}", f"one of {', '.join(names)}", convert, commas=True)
+    return Kind("{" + ",".join(names) + "}", f"one of {', '.join(names)}", convert, commas=True, removed=removed)
 
 
 def _within(value, minimum=None, above=None, below=None):
@@ -332,5 +333,7 @@ def _convert(where: str, kind: Kind, value, complaints: list[str]):
     shown = f"'{value}'" if isinstance(value, str) and (" " in value or not value) else value
     shown = f"{shown[:100]}..." if isinstance(shown, str) and len(shown) > 150 else shown
     names = kind.metavar.strip("{}").split(",") if kind.metavar.startswith("{") else []
-    complaints.append(f"{where} is {shown}: it must be {kind.needs}{nearest(str(value), names)}")
+    instead = dict(kind.removed).get(str(value).strip().lower())
+    needed = f"it must be {kind.needs}{nearest(str(value), names)}"
+    complaints.append(f"{where} is {shown}: {f'this value was removed; use {instead}' if instead else needed}")
     return None

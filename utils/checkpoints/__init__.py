@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from utils import errors, learning
-from utils.arguments.identity import another_run, differing
+from utils.arguments.identity import another_run, differing, removed
 from utils.checkpoints import manifests, nested
 
 STAGED = ".tmp-checkpoint-"  # must not begin with "checkpoint-"
@@ -218,6 +218,8 @@ class Checkpoints:
 
     def _fitting(self, folder: Path, allow_mismatch) -> dict:
         manifest = manifests.read(folder)
+        if complaint := removed(folder, manifest["identity"]):
+            return {"complaints": complaint}
         refused, allowed = differing(manifest["identity"], self.identity, allow_mismatch)
         for name, old, new in allowed:
             errors.warn(f"{folder}: resumed although {name} was {old} and is now {new}")

@@ -134,7 +134,8 @@ def _folder(args, concept: Concept, kind: str, problems) -> tuple[list, list[Pat
         found = f"{len(others)} other files" if others else "it is empty"
         streamed = hasattr(args, "streaming") and shards.local(folder)
         remedy = "--streaming reads the shards in it" if streamed else "put the photos there"
-        problems.options.append(f"{option} '{folder}' holds no pictures ({found}); {remedy}")
+        what = shards.mosaicml(folder) or f"holds no pictures ({found}); {remedy}"
+        problems.options.append(f"{option} '{folder}' {what}")
     if needed:
         words = {name: getattr(args, name, None) for name in ("identifier", "class_noun")}
         texts, complaints = captions.read(folder, pictures, concept.instance_prompt, args.caption_column, **words)
