@@ -171,7 +171,8 @@ def test_a_config_with_a_removed_start_is_refused_in_one_sentence(tmp_path, caps
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_a_checkpoint_with_a_removed_start_is_not_resumed(start, photos, tmp_path, capsys):
     folder = tmp_path / "out" / "checkpoint-2"
-    checkpoints.Checkpoints(folder.parent, state={}, identity={"start": start, "rank": 4}).save(2)
+    optimizer = {"optimizer": torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0)}
+    checkpoints.Checkpoints(folder.parent, state=optimizer, identity={"start": start, "rank": 4}).save(2)
     options = f"--output_dir '{folder.parent}' --instance_data_dir '{photos}' --allow_resume_mismatch all --dry_run"
     script = importlib.import_module("train_dreambooth_lora")
     for which in ("latest", folder):
@@ -180,7 +181,7 @@ def test_a_checkpoint_with_a_removed_start_is_not_resumed(start, photos, tmp_pat
         (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
         assert stop.value.code == 2 and f"{folder} cannot be resumed" in told and f"--init_lora_weights {start}" in told
     with pytest.raises(SystemExit):  # where the preflight saw a newer one that is damaged
-        checkpoints.Checkpoints(folder.parent, state={}, identity={"rank": 4}).resume("latest", "all")
+        checkpoints.Checkpoints(folder.parent, state=optimizer, identity={"rank": 4}).resume("latest", "all")
     assert f"{folder} cannot be resumed" in capsys.readouterr().err
 
 
