@@ -91,6 +91,10 @@ def make(folder: Path) -> list[dict]:
                 files.save(files.kohya(found, files.has_sgm_names(found, header)), kohya, {"format": "pt"})
                 add(kind, "kohya", kohya, picture)
                 add(kind, "lycoris", kohya, picture)
+            if kind == "DoRA":
+                differences = ["export", str(out), str(out / "diff.safetensors"), "--dora", "diff", "--base", str(base)]
+                command.main(differences)
+                add("DoRA, export --dora diff", "lycoris", out / "diff.safetensors", picture)
             if kind not in ("LoHa", "LoKr"):
                 command.main(["export", str(out), str(out / "peft"), "--format", "peft"])
                 add(kind, "peft", out / "peft", picture)

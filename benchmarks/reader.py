@@ -51,15 +51,18 @@ def load(job):
                 pipeline.load_textual_inversion(rows[key], token=names, **parts)
         return pipeline, "a photo of " + "".join(names)
     else:
-        from lycoris.kohya import create_network_from_weights
+        from lycoris.kohya import LycorisNetworkKohya, create_network_from_weights
 
+        # Else it first builds a network over every layer, and fails where a name is found in two ways.
+        targets = [f"{part}_target_{kind}" for part in ("unet", "text_encoder") for kind in ("module", "name")]
+        LycorisNetworkKohya.apply_preset({target: [] for target in targets})
         texts = [getattr(pipeline, name) for name in encoders]
         texts = texts if len(texts) > 1 else texts[0]
         network, weights = create_network_from_weights(1.0, str(file), None, texts, pipeline.unet, for_inference=True)
         network.apply_to(texts, pipeline.unet, True, True)
-        told = network.load_state_dict(weights, strict=False)
-        if told.unexpected_keys:
-            raise ValueError(f"{len(told.unexpected_keys)} of {len(weights)} weights fit nothing")
+        made = {layer.lora_name for layer in [*network.unet_loras, *network.text_encoder_loras]}
+        if strangers := {key.split(".")[0] for key in weights} - made:
+            raise ValueError(f"{len(strangers)} layers of the file fit nothing")
         pipeline.kept = network
     return pipeline, PROMPT
 

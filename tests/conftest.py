@@ -1,7 +1,9 @@
 """What all tests share. The environment is set before anything heavy is imported: offline, quiet, one thread."""
 
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 os.environ.update(
@@ -21,6 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT, ROOT / "tests"):  # `from utils import ...`, `import tiny`
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+
+# Tests that run in the background (`nohup make test &`) ignore these signals, and so would every process started here.
+if threading.current_thread() is threading.main_thread():
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 import pytest  # noqa: E402
 

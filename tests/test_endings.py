@@ -197,7 +197,7 @@ def test_a_folder_for_images_that_cannot_be_made_is_refused_before_loading(sd1, 
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1
     if len(where) > 255:
-        assert "it must be a path, not empty, of names of up to 255 bytes" in said and len(said) < 400
+        assert "names of 1 to 255 bytes" in said and len(said) < 400
     else:
         assert f"error: --output_dir {where} cannot be written to" in said
 
