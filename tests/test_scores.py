@@ -100,7 +100,7 @@ def test_the_toyboxs_judge_knows_a_style_by_its_colours():
     prints = [printed(example(960_000 + number).picture) for number in range(12)]
 
     def style(pictures, taught):
-        judges = scores.Scores({"judge": scores.Toybox()}, taught=taught)
+        judges = scores.Scores({"judge": scores.embedded()}, taught=taught)
         return judges.measure(pictures, ["a dog"] * len(pictures)).get("judge_style")
 
     assert style([printed(one) for one in drawings], prints) == pytest.approx(1, abs=0.05)
@@ -269,11 +269,11 @@ def test_the_toyboxs_judge_knows_its_world():
     again = [draw(SUBJECT, scene, 9) for scene in ("beach", "night")]
     others = [draw(Individual("dog", "black", "spotted"), "beach", 4), draw(Individual("cat", "pink"), "snow", 5)]
     subject = scores.Subject(frozenset({"sks"}), photos)
-    judges = scores.Scores({"judge": scores.Toybox()}, [subject])
+    judges = scores.Scores({"judge": scores.embedded()}, [subject])
     prompts = ["a photo of sks dog on a beach", "sks dog at night", "a dog on a beach", "a photo of a dog in the snow"]
     found = judges.measure(again + others, prompts)
     assert found["judge_i"] > 0.8 and found["judge_pres"] < 0.4
-    everybody = scores.Scores({"judge": scores.Toybox()}).measure(again + others, prompts)
+    everybody = scores.Scores({"judge": scores.embedded()}).measure(again + others, prompts)
     assert found["judge_t"] == 1 and everybody["judge_t"] == 0.75  # the last shows a cat
     assert "judge_t" not in judges.measure(again, ["sks on the moon"] * 2)  # words that it does not know
 

@@ -177,7 +177,8 @@ def main(args) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     weights = {key: value.half().contiguous() for key, value in network.state_dict().items()}
     save_file(weights, args.output / "model.safetensors", metadata={"format": "pt"})
-    (args.output / "config.json").write_text(json.dumps({"heads": NAMES}, indent=2) + "\n")
+    config = {"class": "toybox.scoring:Scoring", "heads": NAMES}  # the class by which utils/scores.py uses it
+    (args.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,18 +9,19 @@ CLIP-I, CLIP-T and DINO as in Ruiz et al. 2022 (arXiv 2208.12242), section 4.2, 
 (DIV is lpips_d, PRES dino_pres). Nothing heavy is imported before something is measured.
 """
 
+import importlib
 import itertools
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils import errors, images
+from utils import errors, images, models
 
 NAMES = ("clip", "dino", "lpips", "judge")
 KINDS = {"i": "likeness to the photos", "t": "agreement with the prompt", "d": "variety", "pres": "class likeness"}
 KINDS |= {"style": "likeness to the training pictures"}
-TOYBOX = ("toybox", "toybox-sdxl")
 SCORE = re.compile(rf"(?:test_)?({'|'.join(NAMES)})_({'|'.join(KINDS)})")
 # Words that tell no subject from its class.
 COMMON = {"a", "an", "the", "my", "one", "of", "in", "on", "at", "with", "and", "or", "is"}
@@ -285,50 +286,11 @@ class Lpips(Network):
         return torch.stack([row.flatten().float().cpu() for row in rows])
 
 
-class Toybox(Network):
-    """The toybox's own judge: it has no words, but tells whether the thing and the scene of a prompt are there."""
-
-    def __init__(self, device="cpu"):
-        super().__init__("judge", device)
-
-    def load(self):
-        from toybox.judge import Judge
-
-        self.judge = Judge.load()
-        return self.judge.network
-
-    def embed(self, pictures):
-        from toybox.judge import as_pixels
-
-        return self.network(as_pixels(pictures).to(self.device))[1]
-
-    def learn(self, taught):
-        from toybox.style import Palette
-
-        return Palette(taught)  # it learned to overlook how things are drawn
-
-    def style(self, seen, pictures, learned):
-        return learned.likeness(pictures)
-
-    def obeyed(self, seen, pictures, prompts):
-        import torch
-
-        from toybox.draw import SCENES
-        from toybox.judge import as_pixels
-
-        logits, _ = self.network(as_pixels(pictures).to(self.device))
-        shown = {head: [self.judge.names[head][k] for k in rows.argmax(1).tolist()] for head, rows in logits.items()}
-        phrases = {(head, word): word for head in ("thing", "colour", "pattern") for word in self.judge.names[head]}
-        phrases |= {("scene", scene): phrase for scene, phrase in SCENES.items()}
-        right = []
-        for number, prompt in enumerate(prompts):
-            asked = [shown[head][number] == word for (head, word), text in phrases.items() if _said(text, prompt)]
-            right.append(float(all(asked)) if asked else float("nan"))  # nothing in it that the judge knows
-        return torch.tensor(right)
-
-
-def _said(phrase: str, prompt: str) -> bool:
-    return f" {phrase} " in f" {' '.join(words(prompt))} "
+def embedded(device="cpu") -> Network:
+    """The judge that comes with the embedded models. Its configuration names its class, as `module:class`."""
+    folder = models.ROOT / models.EMBEDDED["toybox-judge"]
+    module, name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["class"].split(":")
+    return getattr(importlib.import_module(module), name)(device)
 
 
 def _loaded(processors, networks, source: str, option: str, allow_pickle: bool):
@@ -347,10 +309,10 @@ def _loaded(processors, networks, source: str, option: str, allow_pickle: bool):
 
 
 def wanted(names: Sequence[str], base: str, clip: str, dino: str) -> list[str]:
-    """Which judges `auto` means: the toybox has its own; of the others those that nothing need be fetched for."""
+    """Which judges `auto` means: embedded models have their own, of the others those that need no download."""
     if "auto" not in names:
         return [name for name in names if name != "none"]
-    if base in TOYBOX:
+    if base in models.EMBEDDED:
         return ["judge"]
     return [name for name, source in (("clip", clip), ("dino", dino)) if is_here(source)]
 
@@ -413,6 +375,6 @@ def judges(names: Sequence[str], device, base: str, clip: str, dino: str, allow_
         "clip": lambda: Clip(clip, device, allow_pickle),
         "dino": lambda: Dino(dino, device, allow_pickle),
         "lpips": lambda: Lpips(device),
-        "judge": lambda: Toybox(device),
+        "judge": lambda: embedded(device),
     }
     return {name: makers[name]().ready() for name in wanted(names, base, clip, dino)}

@@ -18,8 +18,9 @@ from utils import errors
 os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# The models this repository carries.
+# The models this repository contains. No module here imports the code beside them.
 EMBEDDED = {"toybox": "toybox/sd", "toybox-sdxl": "toybox/sdxl", "toybox-sam": "toybox/sam"}
+EMBEDDED["toybox-judge"] = "toybox/judge"
 
 # "_class_name" in model_index.json -> (file in this folder, class). Further image-to-image pipelines of a family
 # share its networks, so a folder saved from one of them is as good a base model.
