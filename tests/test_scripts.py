@@ -421,33 +421,24 @@ LOSING = "--cache_latents off --max_train_steps 8 --train_batch_size 1 --learnin
 
 
 @BOTH
-def test_a_photo_lost_while_training_ends_the_run_saved_and_named(train, script, losing, photos, tmp_path, capsys):
-    losing.cut = True
+@pytest.mark.parametrize("cut, policy", [(True, "error"), (False, "skip")])
+def test_a_photo_lost_while_training_ends_the_run_saved_and_named(
+    train, script, losing, cut, policy, photos, tmp_path, capsys
+):
+    """Whatever --on_bad_image says: it decides before the run begins."""
+    losing.cut = cut
     with pytest.raises(SystemExit) as stop:
-        train(script, LOSING)
+        train(script, f"{LOSING} --on_bad_image {policy}")
     said = capsys.readouterr()
-    assert stop.value.code == 3 and str(losing.path) in said.err and "cannot be decoded" in said.err
+    assert stop.value.code == 3 and ("cannot be decoded" if cut else "cannot be read") in said.err
+    assert said.err.count(str(losing.path)) == 1 and "stand_ins" not in rows(tmp_path / "run")[-1]
     step = len(losses(tmp_path / "run"))
     assert 2 <= step < 8 and (tmp_path / "run" / f"checkpoint-{step}").is_dir()
     assert f"stopped after step {step} of 8" in said.out
     losing.patched.undo()
     losing.path.write_bytes(losing.whole)
-    again = train(script, f"{LOSING} --resume_from_checkpoint latest")
+    again = train(script, f"{LOSING} --on_bad_image {policy} --resume_from_checkpoint latest")
     assert same(again, train(script, LOSING, "whole")), "what could not be seen was not trained on"
-
-
-@BOTH
-def test_another_photo_stands_in_for_one_lost_while_training(train, script, losing, photos, capsys):
-    losing.cut = False
-    folder = train(script, f"{LOSING} --on_bad_image skip", "lost")
-    said = capsys.readouterr()
-    assert said.err.count(str(losing.path)) == 1 and "others stand in for it" in said.err
-    stood_in = [row["step"] for row in rows(folder) if "stand_ins" in row]
-    assert stood_in and f"{len(stood_in)} times a picture stood in" in said.out
-    losing.patched.undo()
-    losing.path.write_bytes(losing.whole)
-    whole = losses(train(script, f"{LOSING} --on_bad_image skip", "whole"))
-    assert losses(folder)[: stood_in[0] - 1] == whole[: stood_in[0] - 1] and losses(folder) != whole
 
 
 # The commands that users already type, shortened.

@@ -54,7 +54,7 @@ def loader(first_step, batch=2, rank=0, world=1, accumulate=1, lost=0):
     while True:
         for micro in range(accumulate):
             ids = list(randomness.positions(step, micro, rank, batch=batch, world=world, accumulate=accumulate))
-            missing = [("'x.jpg' cannot be read", True)] if step + 1 == lost and rank == world - 1 else []
+            missing = ["'x.jpg' cannot be read"] if step + 1 == lost and rank == world - 1 else []
             yield {"ids": torch.tensor(ids), "keys": [f"photo-{number}" for number in ids], "lost": missing}
         step += 1
 

@@ -64,8 +64,8 @@ class Loss:
         return total / number if number else None
 
     def _lost(self, item: list[dict]) -> bool:
-        """Another picture must not stand in unseen for one that cannot be read any more: the curve would jump."""
-        for why in [record["lost"][0].split("; ")[0] for record in item if record["lost"]]:
+        """A picture that cannot be read any more is named, and left out of the mean from now on."""
+        for why in [record["lost"].split("; ")[0] for record in item if record["lost"]]:
             if why not in self._told:
                 self._told.add(why)
                 errors.warn(f"{why}; the validation loss goes on without it", everywhere=True)

@@ -13,8 +13,10 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 
-from utils import datasets, images, lost, randomness
+from utils import datasets, errors, images, lost, randomness
 from utils.shards import Row, Shards
+
+MOST_BAD = 0.1  # share of the rows seen so far that may be skipped; one in any case
 
 
 class Stream(datasets.DreamBooth):
@@ -43,9 +45,8 @@ class Stream(datasets.DreamBooth):
             seed=seed,
             caption_dropout=caption_dropout,
             alpha_background=alpha_background,
-            on_bad_image=on_bad_image,
         )
-        self.instance, self.shuffle_buffer = rows, shuffle_buffer
+        self.instance, self.shuffle_buffer, self.on_bad_image = rows, shuffle_buffer, on_bad_image
         self._block: tuple | None = None  # (epoch, number), its rows
 
     def __len__(self) -> int:
@@ -59,24 +60,32 @@ class Stream(datasets.DreamBooth):
         return hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
 
     def __getitem__(self, position: int) -> list[dict]:
+        """The record of the first row of `_candidates` that can be used; or, where the policy ends the run, why."""
         number, shape = 2 * position, self.shapes[0]
+        seen = min(len(self), position + self.shuffle_buffer)
+        most = max(1, int(MOST_BAD * seen))
         try:
-            others = self._candidates(position)
-            wanted = next(others)
+            for example in self._candidates(position):
+                named = example.key in self.unreadable
+                record = self._record(example, number, shape)
+                if not record["lost"]:
+                    break
+                why, bad = self.unreadable[example.key], len(self.unreadable)
+                if self.on_bad_image == "error":
+                    record["lost"] = f"{why}; repair it and resume, or start a new run with --on_bad_image skip"
+                    break
+                if bad > most:
+                    record["lost"] = f"{why}: {bad} of {seen} rows cannot be used, and at most {most} may be skipped"
+                    break
+                if not named:
+                    errors.warn(f"{why}; skipped: the next row is used instead", everywhere=True)
         except images.BadImage as bad:  # a whole shard is gone: no policy about pictures covers that
             blank = self._blank(datasets.Example(None, "", key=bad.name), number, shape)
-            return [blank | {"lost": (f"{bad}; mend it and go on", True)}]
-        record = self.lost.stand_in([wanted], lambda one: self._seen(one, number, shape))
-        if record is not None:
-            return [record | {"lost": None}]
-        record = self.lost.stand_in(others, lambda one: self._seen(one, number, shape))
-        known = min(len(self), position + self.shuffle_buffer)  # a share of what may have been seen
-        why, fatal = self.lost.verdict(wanted.key, known)
-        blank = self._blank(wanted, number, shape)
-        return [(record or blank) | {"lost": (why, fatal or record is None)}]
+            record = blank | {"lost": f"{bad}; restore the file, then resume"}
+        return [record]
 
     def _candidates(self, position: int) -> Iterator[datasets.Example]:
-        """The row that is shown at a position, and those of its block that stand in if it cannot be used."""
+        """The row that is shown at a position, and those of its block that are used instead if it cannot be."""
         epoch, rest = divmod(position, len(self))
         number, place = divmod(rest, self.shuffle_buffer)
         start = number * self.shuffle_buffer

@@ -187,7 +187,8 @@ def _add_images(add, on_bad_image: str = "error") -> None:
     add("random_flip", flag, False, "mirror half of the photos, chosen anew each time")
     add("image_interpolation_mode", choice(*INTERPOLATIONS), "lanczos", "filter used for resizing")
     add("alpha_background", colour, "white", "what transparent parts of photos become: white, black, grey or #rrggbb")
-    add("on_bad_image", choice("error", "skip"), on_bad_image, "what an unreadable picture does to the run")
+    help = "on an unreadable picture at the start (streams: at any time): stop with an error, or skip it"
+    add("on_bad_image", choice("error", "skip"), on_bad_image, help)
 
 
 def add_masks(parser: argparse.ArgumentParser) -> None:

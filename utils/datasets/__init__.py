@@ -37,8 +37,8 @@ class DreamBooth(Dataset):
         ids               2 * position for the instance, 2 * position + 1 for the class: noise is drawn by it
         original_size     (height, width) of the upright photo
         crop_top_left     (top, left) of the crop in the resized (and mirrored) photo
-        lost              None; or why another picture stands in for one that cannot be read any more, and whether the
-                          run must stop for it (`on_bad_image` error, or too many of them)
+        lost              None; or why the picture cannot be read any more. The rest is then blank, and the run must
+                          stop before the step that the record is in
 
     All pictures are square, or with `resolution_buckets` each photo has the nearest of several shapes. Then those of a
     whole optimizer step share one, class examples included, however it is split over micro-steps and processes;
@@ -57,7 +57,6 @@ class DreamBooth(Dataset):
         repeats: int = 1,  # how often an instance picture counts in an epoch
         caption_dropout: float = 0.0,  # share of visits with an empty caption: what guidance compares with
         alpha_background: str = "white",  # what transparent parts become
-        on_bad_image: str = "error",  # what a picture does that becomes unreadable while the run goes on
         resolution_buckets: str = buckets.OFF,  # off, auto, or shapes as buckets.spelled writes them
         side_factor: int = buckets.SIDE,  # pixels of which the model wants sides to be a multiple; for buckets
         examples_per_step: int = 1,  # of all processes and micro-steps; for buckets
@@ -74,7 +73,8 @@ class DreamBooth(Dataset):
         self.latents = None  # cache.latents puts the posteriors here
         self._sizes: dict[str, tuple[int, int]] = {}
         self._remembered: dict[tuple[str, tuple[int, int]], Any] = {}
-        self.lost, self.alpha_background = lost.Lost(on_bad_image), alpha_background
+        self.alpha_background = alpha_background
+        self.unreadable: dict[str, str] = {}  # key of a picture that was lost since the run began => why
         self._room = REMEMBERED
         self.shapes = buckets.shapes(resolution_buckets, size, side_factor) or [(size, size)]
         self._in_shape: dict[tuple[int, int], list[int]] = {}  # visits; shapes that no photo has are not here
@@ -240,24 +240,17 @@ class DreamBooth(Dataset):
         return tuple(min(max(0, at), side - size) for at, side, size in zip(middle, mask.size[::-1], shape[::-1]))
 
     def _record(self, example: Example, number: int, shape: tuple[int, int]) -> dict:
-        """The record of an example or, if its picture cannot be read any more, of the next one of its kind.
-
-        Nothing else moves: every other position shows what it would have shown.
-        """
-        record = self.lost.stand_in([example], lambda one: self._seen(one, number, shape))
-        if record is not None:
-            return record | {"lost": None}
-        kind = self.classes if example.is_class else self.instance
-        if self.latents is not None:  # those of another shape were not encoded in this one
-            kind = [one for one, other in self.pairs() if other == shape and one.is_class == example.is_class]
-        kind = [one for one in kind if one.concept == example.concept]
-        place = next((place for place, one in enumerate(kind) if one is example), 0)
-        record = self.lost.stand_in(kind[place:] + kind[:place], lambda one: self._seen(one, number, shape))
-        why, fatal = self.lost.verdict(example.key, len({one.key for one in self.examples}))
-        return (record or self._blank(example, number, shape)) | {"lost": (why, fatal or record is None)}
+        """The record of an example; if its picture cannot be read any more, a blank one that says why."""
+        if example.key not in self.unreadable:  # else another three attempts at each visit
+            try:
+                return self._seen(example, number, shape) | {"lost": None}
+            except images.BadImage as bad:
+                self.unreadable[example.key] = str(bad)
+        why = f"{self.unreadable[example.key]}; restore the file, then resume"
+        return self._blank(example, number, shape) | {"lost": why}
 
     def _blank(self, example: Example, number: int, shape: tuple[int, int]) -> dict:
-        """In the place of a record where nothing is left to stand in: the step under way will not be taken."""
+        """In the place of a record whose picture cannot be read: the step under way will not be taken."""
         width, height = shape
         record = {"captions": "", "keys": example.key, "is_class": example.is_class, "ids": number}
         record |= {"original_size": (height, width), "crop_top_left": (0, 0)}

@@ -19,7 +19,7 @@ import torch
 from utils import errors, launchers, randomness, results, weightwise, writing
 from utils.arguments import length
 from utils.report import curves
-from utils.runtime import engines, failures, guard, memory, progress, signals, stand_ins, startup, trackers
+from utils.runtime import engines, failures, guard, memory, progress, signals, startup, trackers
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -95,7 +95,7 @@ class Run:
         self.trackers = trackers.Trackers(accelerator, "")
         self.lock = startup.FolderLock(output_dir)
         self.guard = guard.Guard(output_dir, on_nan, self.is_main, self.world, on_loss_spike)
-        self.stand_ins = stand_ins.StandIns()
+        self._unreadable: set[str] = set()  # complaints: of such a picture the run ends before the step under way
         self._agreed = 0  # the exit code that all processes agreed to stop with
         self.engine = engines.made_for(accelerator, accumulate)
         self._wrapped, self._parameters = {}, None  # modules as prepared; (learns, its parameters)
@@ -139,8 +139,6 @@ class Run:
     def finish(self, code: int = 0) -> int:
         """Call last, or when `stopping` and the checkpoint is written. Leaves with `code`, that of an early stop, or
         that of a run that is done and has diverged."""
-        if self.stand_ins.count:
-            self.say(f"{self.stand_ins.count} times a picture stood in for one that could not be read")
         stopped = self.stopping
         if stopped:
             code = self._agreed or self.stop.code
@@ -338,12 +336,11 @@ class Run:
             while self.step < total and not self.stopping:
                 step = self.step + 1
                 self._losses, self._examples = None, []
-                self.stand_ins.begin_step()
                 for micro in range(self.accumulation):
                     batch = next(batches, None)
                     if batch is None:
                         raise RuntimeError("the data ended before the training: the loader must be endless")
-                    batch = self.stand_ins.take(batch)
+                    self._name_unreadable(batch.pop("lost", ()))
                     # Identities stay behind: noise is drawn by them here, and fetching them back would wait.
                     batch = {name: v if name == "ids" else self._to_device(v) for name, v in batch.items()}
                     self._examples.append({name: batch.get(name) for name in ("ids", "keys")})
@@ -371,6 +368,13 @@ class Run:
         if first_step >= total:
             self.say(f"already complete: {first_step} steps are done, {total} were asked for")
         self.clock.begin()
+
+    def _name_unreadable(self, complaints: Iterable[str]) -> None:
+        """Each picture once; it may be in several micro batches."""
+        for complaint in dict.fromkeys(complaints):
+            if complaint not in self._unreadable:
+                errors.warn(complaint, everywhere=True)
+        self._unreadable.update(complaints)
 
     def _to_device(self, value):
         return value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
@@ -402,7 +406,7 @@ class Run:
         parts = parts or {}
         if self._fused:  # each weight is stepped as soon as its gradient is there
             self.updating.acquire()
-            self._fused.begin(self.step + 1, loss, self.stand_ins.fatal)
+            self._fused.begin(self.step + 1, loss, bool(self._unreadable))
         self.engine.backward(loss)  # divides by the accumulation steps
         told = [loss.detach() / self.accumulation, *(value for part in parts.values() for value in part)]
         told += [] if zero is None else zero.unbind()
@@ -418,8 +422,8 @@ class Run:
         if self.scaler is not None:
             self.scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
         norm = (self._fused.norm() if self._fused else guard.gradient_norm(parameters)).to(self.device)
-        loss, sums, size, self._agreed, stood_in, unusable = self._agree(self._losses, norm)
-        if unusable:  # what this step saw is not what was asked for: it is left out, and the run ends before it
+        loss, sums, size, self._agreed, unreadable = self._agree(self._losses, norm)
+        if unreadable:  # what this step saw is not what was asked for: it is left out, and the run ends before it
             self._agreed = errors.DATA
             if self._fused:
                 self.updating.release()
@@ -444,12 +448,12 @@ class Run:
                     warnings.simplefilter("ignore")
                 schedule.step()
         measured = _means(parts, sums) | ({} if zero is None else {"against_zero": against_zero})
-        self._complete(loss, measured, size, rates, stepped, spike, stood_in)
+        self._complete(loss, measured, size, rates, stepped, spike)
 
-    def _agree(self, losses: torch.Tensor, norm: torch.Tensor) -> tuple[float, list[float], float, int, int, bool]:
+    def _agree(self, losses: torch.Tensor, norm: torch.Tensor) -> tuple[float, list[float], float, int, bool]:
         """Mean loss, sums over its parts, gradient norm (equal everywhere: gradients were averaged), the highest stop
-        code, how many examples others stood in for, and whether one of them ends the run."""
-        facts = [self.stop.code if self.interrupted else 0, self.stand_ins.in_step, self.stand_ins.fatal]
+        code, and whether some process could not read a picture."""
+        facts = [self.stop.code if self.interrupted else 0, bool(self._unreadable)]
         own = [norm.float(), *losses.unbind()]
         if self.world == 1:
             norm, loss, *sums = torch.stack(own).tolist()
@@ -457,13 +461,11 @@ class Run:
         own = torch.stack([*(torch.full_like(losses[0], fact) for fact in facts), *own])
         everyone = [torch.empty_like(own) for _ in range(self.world)]
         torch.distributed.all_gather(everyone, own)
-        codes, stood_in, fatal, norms, *sums = torch.stack(everyone).T.tolist()
+        codes, unreadable, norms, *sums = torch.stack(everyone).T.tolist()
         loss, *sums = map(math.fsum, sums)
-        return loss / self.world, sums, norms[0], int(max(codes)), int(sum(stood_in)), any(fatal)
+        return loss / self.world, sums, norms[0], int(max(codes)), any(unreadable)
 
-    def _complete(
-        self, loss, parts: dict, norm, rates: dict, stepped: bool, spike: float | None, stood_in: int
-    ) -> None:
+    def _complete(self, loss, parts: dict, norm, rates: dict, stepped: bool, spike: float | None) -> None:
         seconds = self.clock.step()
         self.step += 1
         self.progress += 1
@@ -473,9 +475,6 @@ class Run:
             self.told["skipped"] = 1
         if spike is not None:
             self.told["spike"] = round(spike, 2)
-        if stood_in:
-            self.told["stand_ins"] = stood_in
-            self.stand_ins.count += stood_in
         if self._line:
             self._line.step(self.step, loss, seconds, rates["lr"])
 
