@@ -5,6 +5,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -119,8 +120,10 @@ def test_wandb_without_a_login_asks_nobody_and_keeps_all(train, tmp_path, monkey
     (recorded,) = (folder / "logs" / "wandb").glob("offline-run-*")
     pictures = [path.name.split("_")[:2] for path in recorded.rglob("*.png")]
     assert sorted(pictures) == [["validation", str(step)] for step in (0, 1, 2, 3) for _ in range(2)]
-    told = next(recorded.glob("*.wandb")).read_bytes()
-    assert all(name in told for name in (b"grad_norm", b"learning_rate", b"lora_alpha"))
+    names, until = (b"grad_norm", b"learning_rate", b"lora_alpha"), time.monotonic() + 30
+    while not all(name in next(recorded.glob("*.wandb")).read_bytes() for name in names):
+        assert time.monotonic() < until, "wandb's own process writes the record, on a busy machine a little later"
+        time.sleep(0.5)
     # Nothing of the machine: command line, host, the remote of the folder's repository.
     for file in [path for path in recorded.rglob("*") if path.is_file()]:
         assert not [word for word in (b"smith-laptop", b"smith_children", b"smith.git") if word in file.read_bytes()]
