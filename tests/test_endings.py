@@ -176,10 +176,11 @@ def test_leftovers_of_killed_runs_are_removed_at_the_next_start(train, tmp_path)
     (run / "samples/step-000001").mkdir(parents=True)
     left = [".timings.json.4711", ".metrics.jsonl.4711", ".report.html-ab12cd34", ".tmp-file-0123abcd.json"]
     left += ["samples/step-000001/.tmp-file-0123abcd.png", "preview/.tmp-file-0123abcd.png"]
-    for name in [*left, ".notes"]:
+    others = [".notes", ".README.md.swp", ".training_config.yaml.swp", ".report.html.bak"]  # of people and editors
+    for name in [*left, *others]:
         (run / name).write_text("x")
     assert train("--checkpointing_steps 1 --max_train_steps 2 --resume_from_checkpoint latest") == 0
-    assert not [name for name in left if (run / name).exists()] and (run / ".notes").exists()
+    assert not [name for name in left if (run / name).exists()] and all((run / name).exists() for name in others)
 
 
 # Where images go

@@ -14,7 +14,7 @@ STAGED = ".tmp-file-"
 # What killed runs left under the names of the first versions, for example .timings.json.1234 or .report.html-ab12cd34
 EARLIER = re.compile(
     r"\.(timings\.json|metrics\.jsonl|training_config\.yaml|report\.html|README\.md|nonfinite\.json|preview\.json"
-    r"|data_preview\.png|\d\d-\d\d\.png)[.-]\w+"
+    r"|data_preview\.png|\d\d-\d\d\.png)(\.\d+|-[a-z0-9_]{8})"  # and nothing of an editor's, as .README.md.swp
 )
 
 
