@@ -459,6 +459,62 @@ def test_two_real_processes_share_drawing_and_caching(tmp_path):
     assert len(set(drawn.values())) == 7 and drawn == hashes(fill(tmp_path / "one", count=7)[0])
 
 
+RACE = """
+import sys
+import time
+from pathlib import Path
+from accelerate import PartialState
+from test_prior import Run, fill
+from utils import prior
+
+state, folder, look, looks = PartialState(cpu=True), Path(sys.argv[1]), prior._look, []
+prior._fast_solver = lambda scheduler: scheduler
+run = Run(state.process_index, state.num_processes)
+run.accelerator = state
+
+def between(*given):
+    looks.append(run.rank)
+    if looks == [1]:  # only now another run completes the folder
+        while not folder.with_name("seen").exists():
+            time.sleep(0.05)
+        folder.with_name("late").rename(folder / "class-00002.png")
+    found = look(*given)
+    if looks == [0]:
+        folder.with_name("seen").touch()
+    return found
+
+prior._look = between
+assert len(fill(folder, count=3, run=run)[0]) == 3
+state.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_see_another_run_complete_the_folder_do_not_wait_for_each_other(tmp_path):
+    fill(tmp_path / "c", count=3)
+    (tmp_path / "c" / "class-00002.png").rename(tmp_path / "late")
+    script = tmp_path / "race.py"
+    script.write_text(RACE)
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    environment = {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{here}{os.pathsep}{here.parent}",
+    }
+    result = subprocess.run(
+        [*command, tmp_path / "c"], env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_link_in_the_place_of_the_lock_is_named(tmp_path, capsys):
+    (tmp_path / prior.LOCK).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit):
+        fill(tmp_path, count=3)
+    assert f"{prior.LOCK} in it is a link" in capsys.readouterr().err and not (tmp_path / "elsewhere").exists()
+
+
 def test_images_drawn_with_another_guidance_are_not_passed_off(tmp_path):
     _, pipeline = fill(tmp_path, count=2, guidance=4.0)
     assert pipeline.guidance == 4.0

@@ -45,14 +45,14 @@ def fill(
     identity["prediction_type"] = family.prediction_type  # None, as in older records: the model's own
     identity["clip_skip"] = family.clip_skip or None
     here = _look(folder, identity, count)
-    run.accelerator.wait_for_everyone()  # every rank has looked before one of them writes
-    if here.missing:
+    # Every rank has looked before one of them writes. They may have seen different things: another run draws as well.
+    if any(_everyones(run, bool(here.missing))):
         with run.phase("class images"), _alone(run, folder) as may_draw:
             here = _look(folder, identity, count)  # another run may have drawn them in the meantime
             here.tell(run)
-            run.accelerator.wait_for_everyone()
-            if here.missing and may_draw:
-                _fill(run, family, here, identity, prompt, batch_size, guidance, precision, resolution)
+            missing = _everyones(run, here.missing)[0]
+            if missing and may_draw:
+                _fill(run, family, here, missing, identity, prompt, batch_size, guidance, precision, resolution)
     else:
         here.tell(run)
     mine, wanted = here.mine, here.wanted
@@ -66,9 +66,18 @@ def fill(
     return chosen
 
 
-def _fill(run, family, here: "Look", identity, prompt, batch_size, guidance, precision, resolution) -> None:
+def _everyones(run, value) -> list:
+    """The value of each process; also a barrier."""
+    if run.world == 1 or not torch.distributed.is_initialized():
+        return [value]
+    values = [None] * run.world
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _fill(run, family, here: "Look", missing, identity, prompt, batch_size, guidance, precision, resolution) -> None:
     """Draws what is missing, each process its share."""
-    folder, missing = here.folder, here.missing
+    folder = here.folder
     seeds = {name: randomness.seed_of(run.seed, "class", _number(name)) for name in missing}
     if run.is_main:
         recorded = here.record.get("images", {})
@@ -105,12 +114,7 @@ def _alone(run, folder: Path):
                     lock.release()
             elif state is None and run.stopping:
                 state = False
-        if run.world > 1 and torch.distributed.is_initialized():
-            shared = [state]
-            torch.distributed.broadcast_object_list(shared, src=0)
-            state = shared[0]
-        elif not run.is_main:
-            state = True
+        state = _everyones(run, state)[0] if run.is_main or torch.distributed.is_initialized() else True
         if state is not None:
             break
         if run.is_main and owner and not said:

@@ -195,13 +195,13 @@ class FolderLock:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as problem:
             if self.path.is_symlink():
-                raise OSError(problem.errno, f"{LOCK} in it is a link; remove the link") from None
+                raise OSError(problem.errno, f"{self.path.name} in it is a link; remove the link") from None
             raise
         held = os.fstat(handle)
         content = os.pread(handle, 4096, 0) if stat.S_ISREG(held.st_mode) else None
         if content is None or (content and held.st_nlink > 1) or (content and not content.startswith(b'{"pid": ')):
             os.close(handle)
-            raise OSError(errno.EINVAL, f"{LOCK} in it is not the lock of a run; move the file away")
+            raise OSError(errno.EINVAL, f"{self.path.name} in it is not the lock of a run; move the file away")
         return handle
 
     def holds(self) -> bool:
