@@ -19,6 +19,7 @@ from test_two_processes import free_port
 
 from utils import errors, hub, results, runtime, saved
 from utils.checkpoints import manifests
+from utils.runtime import failures
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
@@ -424,6 +425,25 @@ def test_one_of_two_processes_ends(words, tmp_path, who, what):
         f"process {who}: ValueError: cosmic ray" if "raise" in what else "another process ended without a message"
     )
     assert expected in ours[-1], done.stderr
+
+
+def test_a_long_phase_after_a_signal_is_not_taken_for_a_wait(tmp_path, monkeypatch):
+    """Images are drawn or a large checkpoint is written: only where no phase is under way the process is ended."""
+    ended = []
+    monkeypatch.setattr(failures, "STUCK", 1.2)
+    monkeypatch.setattr(failures.os, "_exit", ended.append)
+    run = runtime.start(tmp_path)
+    run.total = 5
+    try:
+        with failures.Watch(run, None):
+            with run.phase("saving"):
+                os.kill(os.getpid(), signal.SIGUSR1)
+                time.sleep(2.5)
+                assert not ended
+            time.sleep(2.5)
+            assert ended
+    finally:
+        run.close()
 
 
 def test_a_process_that_waits_for_a_stopped_one_saves_and_leaves(words, tmp_path):

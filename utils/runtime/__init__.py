@@ -89,6 +89,7 @@ class Run:
         self.first_step = 0  # those of earlier sessions
         self.updating = threading.Lock()  # held while the weights are of no step
         self.progress = 0  # grows with whatever this process does
+        self.in_phase = False  # then it may stay as it is for long: an image is drawn, a large checkpoint is written
         self.total = None  # None until training begins
         self.clock, self.metrics = progress.Clock(), progress.Metrics(output_dir)
         self.session = {"began": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -283,9 +284,13 @@ class Run:
             self._line.clear()
         self.progress += 1
         self.keep_folder()
-        with self.clock.phase(name):
-            yield
-        self.progress += 1
+        self.in_phase = True
+        try:
+            with self.clock.phase(name):
+                yield
+        finally:
+            self.in_phase = False
+            self.progress += 1
         if self.total is None and self.interrupted:
             self.say(f"stopped during {name}")
             self.finish()

@@ -18,7 +18,7 @@ import torch
 from utils import errors
 from utils.runtime import signals, startup
 
-STUCK = 20.0  # seconds after a signal without any progress; torchrun kills 30 s after its own
+STUCK = 20.0  # seconds after a signal without any progress, phases apart; torchrun kills 30 s after its own
 RESCUED_WITHIN = 5.0  # seconds in which the main process says that it is saving, if it can
 FIRST, RESCUED = "suite/failed_first", "suite/rescued"  # keys of the store that all processes can read
 # What a process sees of the end of another one.
@@ -118,6 +118,7 @@ class Watch:
 
     A signal then finds nobody: Python's handlers run in the main thread, which stays inside the library that waits
     (NCCL does not notice that a process is gone). The number of a signal also goes into a pipe, which a thread reads.
+    In a phase (images, a large checkpoint) nothing is ended: who works for long cannot be told from who waits.
     """
 
     def __init__(self, run, saved):
@@ -146,7 +147,7 @@ class Watch:
                 continue
             where, since = self.run.progress, time.monotonic()
             while not self.over.wait(0.5) and time.monotonic() - since < STUCK:
-                if self.run.progress != where:
+                if self.run.in_phase or self.run.progress != where:
                     where, since = self.run.progress, time.monotonic()
             if not self.over.is_set():
                 self._end(name)
