@@ -92,12 +92,13 @@ def test_sampling_stays_stochastic():
     assert not torch.equal(family.latents(one, Draws(0, one["ids"])), family.latents(other, Draws(0, other["ids"])))
 
 
-def test_repeats_and_copies_are_encoded_once():
+def test_repeats_and_copies_are_encoded_once(capsys):
     one, other = examples(2)
     copy = datasets.Example(one.source, "another caption", key=one.key)
     dataset = datasets.DreamBooth([one, other, copy], size=16, repeats=10)
     cache.latents(Run(), family := Family(), dataset, "on")
     assert family.encoded == 2 and dataset.latents.bytes == 2 * 2 * 4 * 8 * 8 * 4
+    assert capsys.readouterr().out == "2 latents cached\n", "without 0.0 MiB"
 
 
 def test_many_pictures_go_in_small_batches():

@@ -192,8 +192,10 @@ def test_no_photos(parse, tmp_path, capsys):
     folder = tmp_path / "empty"
     folder.mkdir()
     assert "holds no pictures (it is empty)" in refused(capsys, parse(folder=folder))[0]
+    (folder / "readme.txt").write_text("x")
+    assert "holds no pictures (only captions, masks or hidden files)" in refused(capsys, parse(folder=folder))[0]
     (folder / "a.pdf").write_text("x")
-    assert "holds no pictures (1 other files)" in refused(capsys, parse(folder=folder))[0]
+    assert "holds no pictures (1 other file)" in refused(capsys, parse(folder=folder))[0]
     (folder / "a.jpg").write_text("x")  # skipping may not leave nothing
     assert "a.jpg" in refused(capsys, parse("--on_bad_image=skip", folder=folder), errors.DATA)[0]
 

@@ -1,8 +1,12 @@
 """Commands that the documents show: their options exist, and the README's own chain runs, shrunk to a tiny model."""
 
 import importlib
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +80,37 @@ def test_the_demo_in_the_readme_is_the_demo():
     from toybox import demo
 
     assert demo.typed(demo.TRAIN) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_ctrl_c_in_the_demo_lets_the_script_save(tmp_path):
+    script, saved = tmp_path / "slow.py", tmp_path / "saved"
+    script.write_text(
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background\n"
+        "try:\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n"
+        "    time.sleep(1)\n"
+        f"    pathlib.Path({str(saved)!r}).touch()\n"
+        "    sys.exit(130)\n"
+    )
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"from toybox import demo; demo.run({shlex.quote(str(script))!r})"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and saved.exists() and not said
+
+
+def test_the_demo_takes_no_options():
+    for option, code, told in (("--help", 0, "usage: python -m toybox.demo"), ("--stepz", 2, "--stepz")):
+        done = subprocess.run([sys.executable, "-m", "toybox.demo", option], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == code and told in done.stdout + done.stderr
 
 
 def test_the_demo_differs_from_the_first_real_command_only_in_values():

@@ -3,14 +3,17 @@
     python -m toybox.demo
 
 Runs the real scripts with the options that a user of Stable Diffusion would type, and prints each command. Everything
-lands in runs/demo; a second call trains nothing unless the command, the photos or the model changed.
+lands in runs/demo; a second call trains nothing unless the command, the photos or the model changed. After Ctrl-C
+the same command resumes the training.
 """
 
+import argparse
 import hashlib
 import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -40,6 +43,9 @@ AFTER = DRAW + f"    --lora {OUTPUT}/lora --output_dir {OUTPUT}/after"
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m toybox.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     os.chdir(ROOT)
     started = time.monotonic()
     if already_trained():
@@ -88,8 +94,13 @@ def already_trained() -> bool:
 
 
 def run(command: str, quiet: bool = False) -> None:
+    """Ctrl-C reaches the script too, which saves; subprocess.run would kill it after a quarter of a second."""
     words = [sys.executable, *shlex.split(command)]
-    done = subprocess.run(words, stdout=subprocess.PIPE if quiet else None, text=True)
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN, which the script would inherit
+    try:
+        done = subprocess.run(words, stdout=subprocess.PIPE if quiet else None, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     if done.returncode:
         print(done.stdout or "", end="", file=sys.stderr)
         sys.exit(done.returncode)
@@ -156,4 +167,8 @@ def table(scores: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command resumes", file=sys.stderr)
+        sys.exit(130)

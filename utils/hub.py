@@ -1,4 +1,4 @@
-"""The model card, and the way to the hub: by allow-list, retried, and never at the cost of the local result.
+"""Writes the model card and uploads a result to the Hugging Face hub: only listed files, and with retries.
 
 A failed upload can be repeated at any time without the training script:
 

@@ -164,7 +164,8 @@ def _encode(run, family, dataset, limit: int | None) -> Latents | None:
     if len(found) < len(todo):  # a signal came; every rank sees the same gap
         return None
     latents = Latents({rows[row]: tuple(parts) for row, parts in sorted(found.items())})
-    run.say(f"{len(todo)} latents cached, {latents.bytes / 2**20:.1f} MiB")
+    mebibytes = f"{latents.bytes / 2**20:.1f}"
+    run.say(f"{len(todo)} latents cached" + (f", {mebibytes} MiB" if mebibytes != "0.0" else ""))
     return latents
 
 

@@ -131,7 +131,8 @@ def _folder(args, concept: Concept, kind: str, problems) -> tuple[list, list[Pat
         return [], []
     pictures, others = images.survey(folder)
     if needed and not pictures:
-        found = f"{len(others)} other files" if others else "it is empty"
+        found = "only captions, masks or hidden files" if any(Path(folder).iterdir()) else "it is empty"
+        found = _other_files(len(others)) if others else found
         streamed = hasattr(args, "streaming") and shards.local(folder)
         remedy = "--streaming reads the shards in it" if streamed else "put the photos there"
         what = shards.mosaicml(folder) or f"holds no pictures ({found}); {remedy}"
@@ -189,12 +190,16 @@ def summary(args: argparse.Namespace, found: Sequence[Found]) -> list[str]:
             line = f"{len(one.photos)} photos in '{one.concept.instance_data_dir}', {by_area[0][1]}"
             line += f" to {by_area[-1][1]}" if by_area[0][1] != by_area[-1][1] else ""
             others = [path.name for path in images.survey(one.concept.instance_data_dir)[1]]
-            line += f"; {len(others)} other files ignored ({', '.join(others[:3])})" if others else ""
+            line += f"; {_other_files(len(others))} ignored ({', '.join(others[:3])})" if others else ""
         if one.drawn is not None:
             line += f"; {len(one.drawn)} of {one.concept.num_class_images} class images in"
             line += f" '{one.concept.class_data_dir}'"
         said.append(line + (f"; {len(one.bad)} left out" if one.bad else ""))
     return said
+
+
+def _other_files(count: int) -> str:
+    return f"{count} other file{'s' * (count > 1)}"
 
 
 def _few(messages: list[str]) -> None:
