@@ -144,6 +144,16 @@ def test_a_healthy_run_is_done(tmp_path, capsys):
     assert all(0 < row["against_zero"] < 1.5 for row in rows if "loss" in row)
 
 
+@pytest.mark.slow
+def test_a_new_prediction_type_is_not_called_diverged(tmp_path, capsys):
+    """Seed 3 draws a first timestep at which this base is good by chance: the loss of zeros says nothing here."""
+    options = "--prediction_type v_prediction --train_batch_size 1 --max_train_steps 60 --seed 3"
+    run("train_dreambooth_lora", tmp_path / "run", options)
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1].startswith("done: ") and "diverge" not in said.err
+    assert "against_zero" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
 def test_what_diverged_is_uploaded_only_when_that_is_asked_for(tmp_path, capsys, monkeypatch):
     (tmp_path / "timings.json").write_text(json.dumps({"sessions": [{"diverged": "far"}, {"diverged": "3 times"}]}))
     assert hub.main([str(tmp_path), "--hub_model_id", "me/it"]) == hub.NOT_PUBLISHED

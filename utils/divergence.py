@@ -12,7 +12,7 @@ from collections.abc import Iterable
 RECENT = 20  # steps in the mean
 KNEW = 0.8  # a first step below this comes from a network that has learned its objective
 LOST = 0.95  # of the loss of zeros: such a network has lost what it knew when its own loss is above
-MARGIN = 1.5  # a network that has not (new weights, another prediction type) diverges this far above its own beginning
+MARGIN = 1.5  # a network that has not (random weights) diverges this far above its own beginning
 
 
 class Divergence:

@@ -76,6 +76,7 @@ class LatentDiffusion:
         self._warned, self._vae_works = set(), False
         self.abstractions = {}  # word in prompts -> tokens that were learned for it
         self.settled = False  # text encoders that learned no longer do
+        self.retargeted = False  # what is to be predicted is not what the base model has learned to predict
 
     # --- Loading -----------------------------------------------------------------------------------------------
 
@@ -101,6 +102,7 @@ class LatentDiffusion:
 
     def _as_trained(self, scheduler):
         if self.prediction_type:
+            self.retargeted = self.prediction_type != scheduler.config.prediction_type
             scheduler.register_to_config(prediction_type=self.prediction_type)
         if self.rescale_betas_zero_snr:
             known = "rescale_betas_zero_snr" in inspect.signature(type(scheduler).__init__).parameters

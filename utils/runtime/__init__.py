@@ -101,6 +101,7 @@ class Run:
         self.engine = engines.made_for(accelerator, accumulate)
         self._wrapped, self._parameters = {}, None  # modules as prepared; (learns, its parameters)
         self._fused = None  # the optimizer's step inside the backward pass
+        self._against_zero = True  # whether the loss of zeros tells a diverging run
         self._losses, self._examples = None, []  # of the optimizer step under way
         self.told = {}  # loss, gradient norm, learning rate, seconds of the last completed step
         self._line = None
@@ -322,6 +323,8 @@ class Run:
         self._wrapped, optimizer = self.engine.prepare(learns.modules, optimizer)
         for name, module in self._wrapped.items():
             family.use(name, module)
+        # A network that first has to learn what it predicts may be as bad as zeros for long, and is not diverging.
+        self._against_zero = not getattr(family, "retargeted", False)
         return optimizer
 
     def whole(self):
@@ -408,7 +411,7 @@ class Run:
         The one moment per optimizer step at which the host waits for the device: loss, gradient norm and the wish
         to stop are fetched together. `facts` (timesteps, error per example) are looked at only if the guard fires.
         """
-        parts = parts or {}
+        parts, zero = parts or {}, zero if self._against_zero else None
         if self._fused:  # each weight is stepped as soon as its gradient is there
             self.updating.acquire()
             self._fused.begin(self.step + 1, loss, bool(self._unreadable))
